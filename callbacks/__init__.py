@@ -1,0 +1,12 @@
+"""What plugs into a Trainer. This is a top-level package of its own beside ``lit_grpo``, which never imports it.
+
+``lit_grpo`` is the library: models, losses, data, engines. What stands here decides *when* they act in a run.
+"""
+
+from callbacks.learning_curve import LearningCurve
+from callbacks.progress import PhaseProgress
+from callbacks.rollout import HFRollout, Rollout, VLLMRollout
+from callbacks.sample_table import SampleTable
+from callbacks.save_pretrained import SavePretrained
+
+__all__ = ["HFRollout", "LearningCurve", "PhaseProgress", "Rollout", "SampleTable", "SavePretrained", "VLLMRollout"]

@@ -1,0 +1,68 @@
+"""Rollouts as a person reads them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_grpo.data import PromptData, RolloutData, Sample
+
+
+class SampleTable(L.Callback):
+    """Writes completions with their rewards: as text to TensorBoard, as ``samples/*.jsonl`` to the run folder.
+
+    Args:
+        every_n_phases: how often rollouts are written; validation, test and predict samples always are.
+        num_samples: rows of the table in TensorBoard; the file holds all.
+    """
+
+    def __init__(self, every_n_phases: int = 10, num_samples: int = 16) -> None:
+        self.every_n_phases, self.num_samples = every_n_phases, num_samples
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if isinstance(trainer.datamodule, RolloutData) and (trainer.current_epoch % self.every_n_phases == 0 or last):
+            self.write(trainer, self.rollouts, f"train-{trainer.current_epoch:05d}")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and isinstance(data := trainer.datamodule, PromptData):
+            self.rollouts = data.samples  # validation will replace them before the epoch ends
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write(trainer, trainer.datamodule.samples, f"val-{trainer.global_step:05d}")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write(trainer, trainer.datamodule.samples, "test")
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write(trainer, trainer.datamodule.samples, "predict")
+
+    @rank_zero_only
+    def write(self, trainer: L.Trainer, samples: list[Sample], name: str) -> None:
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(f"samples/{name.split('-')[0]}", self.table(samples), trainer.global_step)
+
+    def table(self, samples: list[Sample]) -> str:
+        """A Markdown table of the first samples."""
+
+        def cell(text: str) -> str:
+            return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ↵ ") + "`"
+
+        rows = [
+            f"| {s.reward} | {cell(s.prompt)} | {cell(s.completion)} | {cell(s.answer)} |"
+            for s in samples[: self.num_samples]
+        ]
+        return "\n".join(["| reward | prompt | completion | answer |", "|---|---|---|---|", *rows])

@@ -1,0 +1,44 @@
+"""The command ``lit-grpo``. Nothing is imported at the top, because worker processes import this module again."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """usage: lit-grpo {fit,validate,test,predict} [-c CONFIG ...] [--KEY VALUE ...]
+
+RL post-training of language models on Lightning.
+
+commands:
+  fit        train the policy
+  validate   sample the validation prompts and print Mean@k and Pass@k
+  test       the same on the test prompts
+  predict    sample prompts and write the completions to the run folder
+
+Every key of a config file can be given or changed on the command line, later ones win:
+  lit-grpo fit -c configs/grpo_math.yaml --model.loss TwoGRPO --data.group_size 2 --rollout VLLMRollout
+  lit-grpo fit -c configs/grpo_math.yaml --print_config      show the whole configuration and stop
+  lit-grpo fit --help                                        every key with its meaning
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line; a mistake of the user ends it with one message and exit code 2.
+
+    Args:
+        args: what follows ``lit-grpo``; that of the process if not given.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):  # building the real parser imports torch, which takes ten seconds
+        print(HELP)
+        return
+    from lit_grpo.cli import run
+    from lit_grpo.errors import UserError
+
+    try:
+        run(args)
+    except UserError as error:
+        sys.exit(f"lit-grpo: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The composition root: YAML to trainer, module, data and callbacks. The one place that imports everything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+import callbacks
+from callbacks import HFRollout, LearningCurve, PhaseProgress, Rollout, SampleTable, SavePretrained, VLLMRollout  # noqa: F401
+from lit_grpo import data, losses  # noqa: F401  short class names in YAML are those of imported classes
+from lit_grpo.errors import UserError
+from lit_grpo.module import PolicyModule
+
+
+class CLI(LightningCLI):
+    """LightningCLI with a run folder, a ``rollout`` block, and the callbacks every run has."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            PolicyModule,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "num_sanity_val_steps": -1,  # validates the untrained policy: the first point of the curve
+                "check_val_every_n_epoch": 10,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+            },
+            parser_kwargs={"prog": "lit-grpo", "description": "RL post-training of language models on Lightning."},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of this run: logs, samples, checkpoints, model. Default: runs/ and the time. It must be empty or new, unless"
+            " --ckpt_path resumes it.",
+        )
+        parser.add_lightning_class_args(Rollout, "rollout", subclass_mode=True)
+        parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "rollout": {"class_path": "HFRollout"},
+                "checkpoint.filename": "phase-{epoch:05d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.every_n_epochs": 50,
+                "checkpoint.save_last": True,
+                "checkpoint.save_on_train_epoch_end": True,  # inside a phase there is nothing to resume from
+            }
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let hyper-parameters of a checkpoint replace what the user wrote: ``config.yaml`` is the record."""
+
+    def before_instantiate_classes(self) -> None:
+        """Prepare the run folder and send everything there."""
+        config = self.config[self.subcommand]
+        folder = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        if rank_zero_only.rank == 0:
+            prepare_run_dir(folder, resume=config.get("ckpt_path") is not None)
+        config.trainer.default_root_dir = str(folder)
+        if config.trainer.logger is None:
+            where = {"save_dir": str(folder), "name": "", "version": ""}
+            config.trainer.logger = [
+                {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": where}
+                for name in ("TensorBoardLogger", "CSVLogger")
+            ]
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        return super()._instantiate_trainer(config, [PhaseProgress(), *callbacks, SavePretrained(), LearningCurve()])
+
+
+def prepare_run_dir(folder: Path, resume: bool) -> None:
+    """Make the folder and be sure that it can be written.
+
+    Args:
+        folder: of the run.
+        resume: whether a checkpoint is loaded. The folder may then hold the run that made it, whose ``metrics.csv`` is put
+            aside, because the CSV logger begins a new one.
+
+    Raises:
+        UserError: if it holds another run, or cannot be written.
+    """
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"run_dir: {str(folder)!r} is not empty, and nothing in it will be overwritten. Choose another folder, remove"
+            f" this one, or go on where it stopped with --ckpt_path {folder}/checkpoints/last.ckpt."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+        if (metrics := folder / "metrics.csv").exists():
+            metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))):03d}.csv")
+    except OSError as error:
+        raise UserError(
+            f"run_dir: cannot write to {str(folder)!r}: {error.strerror}. Choose another folder."
+        ) from error
+
+
+def run(args: list[str]) -> CLI:
+    """Run one command line and return what it built."""
+    if not hasattr(callbacks, "Rollout"):
+        raise UserError(
+            f"The package `callbacks` of lit_grpo is shadowed by {callbacks.__file__}. Start with the command `lit-grpo`, which does not"
+            " look into the current folder."
+        )
+    keep_quiet()
+    return CLI(args)
+
+
+def keep_quiet() -> None:
+    """Silence what tells the user nothing: advice on loaders we do not use, deprecations between libraries, and bars in files."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in (
+        "The '.*_dataloader' does not have many workers",
+        "Total length of `list` across ranks is zero",  # a run without held-out prompts
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "Experiment logs directory .* exists and is not empty",  # config.yaml; an old metrics.csv was put aside
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

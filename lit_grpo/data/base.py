@@ -1,0 +1,228 @@
+"""What online and offline data modules share: held-out prompts, a reward, and the engine's scored answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_grpo.data.loader import FilledLoader
+from lit_grpo.data.prompts import Prompt, Source, load_prompts
+from lit_grpo.data.types import Group, Sample
+from lit_grpo.engines.base import Engine, Sampling
+from lit_grpo.errors import UserError
+from lit_grpo.rewards import math_reward
+
+RewardFn = Callable[[list[Sample]], list[float]]
+"""Scores samples, one float each. Any importable function, or object with ``__call__``, may stand in YAML."""
+
+log = logging.getLogger(__name__)
+
+NOTHING_SAMPLED = (
+    "No samples to read: no rollout callback has run. Give the Trainer one (HFRollout or VLLMRollout; the command line"
+    " does so by itself). After resuming, it may also be that the checkpoint was saved inside a phase: use one saved at"
+    " a phase's end."
+)
+
+
+class PromptData(L.LightningDataModule):
+    """Held-out prompts that the engine answers and the reward scores, for ``validate``, ``test`` and ``predict``.
+
+    Subclasses add what to train on.
+
+    Args:
+        val: prompts of validation.
+        test: prompts of ``test``; those of validation if not given.
+        predict: prompts of ``predict``; those of test or validation if not given.
+        reward: scores samples, see ``RewardFn``.
+        samples_per_prompt: completions of each held-out prompt, the k of Mean@k.
+        template: text in which ``{prompt}`` is replaced by the row's text.
+        chat_template: whether prompts are wrapped in the tokenizer's chat template.
+        max_prompt_tokens: longer prompts are left out, and counted in a log line.
+        seed: prompts and samples are functions of it. The command line sets it to ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        reward: RewardFn = math_reward,
+        samples_per_prompt: int = 4,
+        template: str = "{prompt}",
+        chat_template: bool = False,
+        max_prompt_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if samples_per_prompt < 1:
+            raise UserError(
+                f"data.init_args.samples_per_prompt: expected a whole number >= 1, got {samples_per_prompt}."
+            )
+        self.sources: dict[str, Source | None] = {"val": val, "test": test or val, "predict": predict or test or val}
+        self.reward, self.samples_per_prompt, self.seed = reward, samples_per_prompt, seed
+        self.template, self.chat_template, self.max_prompt_tokens = template, chat_template, max_prompt_tokens
+        self.prompts: dict[str, list[Prompt]] = {}
+        self.loaders: dict[str, FilledLoader[Any]] = {}
+        self.samples: list[Sample] = []
+        """The latest samples of this rank, scored."""
+
+    def setup(self, stage: str) -> None:
+        for split in {"fit": ["val"], "validate": ["val"]}.get(stage, [stage]):
+            if (source := self.sources[split]) is not None:
+                self.prompts[split] = self.load_prompts(source, f"data.init_args.{split}")
+                self.loaders[split] = FilledLoader(1, NOTHING_SAMPLED)
+            elif stage != "fit":
+                raise UserError(
+                    f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give a path and its columns."
+                )
+        if stage != "predict":
+            self.check_reward()
+
+    def load_prompts(self, source: Source, key: str) -> list[Prompt]:
+        """Load, tokenise and filter the prompts of a source."""
+        tokenizer = self.trainer.lightning_module.tokenizer
+        prompts = load_prompts(source, key, tokenizer, self.template, self.chat_template)
+        limit = self.max_prompt_tokens
+        kept = [p for p in prompts if limit is None or len(p.token_ids) <= limit]
+        if not kept:
+            raise UserError(
+                f"data.init_args.max_prompt_tokens: all {len(prompts)} prompts of {key} are longer than {limit} tokens."
+            )
+        if len(kept) < len(prompts):
+            log.info(
+                "%s: left out %d of %d prompts longer than %d tokens",
+                key,
+                len(prompts) - len(kept),
+                len(prompts),
+                limit,
+            )
+        return kept
+
+    def check_reward(self) -> None:
+        """Call the reward once before any model is loaded, so that its mistakes cost nothing."""
+        prompts = next(iter(self.prompts.values()), [])[:2]
+        self.score_samples([Sample(p.text, p.answer, p.answer, num_tokens=1, truncated=False) for p in prompts])
+
+    def check_lengths(self, max_tokens: int, context: int) -> int:
+        """Refuse prompts which leave no room for a completion; returns the longest prompt and completion, in tokens."""
+        longest = 0
+        for split, prompts in self.prompts.items():
+            i, prompt = max(enumerate(prompts), key=lambda item: len(item[1].token_ids))
+            longest = max(longest, len(prompt.token_ids) + max_tokens)
+            if len(prompt.token_ids) + max_tokens > context:
+                raise UserError(
+                    f"data.init_args.{split}: prompt {i} has {len(prompt.token_ids)} tokens, which with"
+                    f" rollout.init_args.max_tokens {max_tokens} is beyond the model's context of {context}. Set"
+                    f" data.init_args.max_prompt_tokens to at most {context - max_tokens}, or lower max_tokens."
+                )
+        return longest
+
+    def seeds(self, split: str, phase: int, positions: Sequence[int]) -> list[int]:
+        """Sampling seed of each prompt: a function of the run's seed, the phase and the prompt's place, of nothing else."""
+        stream = ["train", "val", "test", "predict"].index(split)
+        entropy = [np.random.SeedSequence((self.seed, stream, phase, i)) for i in positions]
+        return [int(e.generate_state(1, np.uint64)[0] >> np.uint64(2)) for e in entropy]
+
+    def sample(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        split: str,
+        phase: int,
+        prompts: dict[int, Prompt],
+        n: int,
+        score: bool = True,
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Have the engine answer prompts, given by their place in the phase, and the reward score the answers.
+
+        Returns:
+            The groups, and ``seconds_generate``, ``seconds_reward`` and ``tokens``.
+        """
+        tokenizer = self.trainer.lightning_module.tokenizer
+        start = time.perf_counter()
+        token_ids = [prompt.token_ids for prompt in prompts.values()]
+        answers = engine.generate(token_ids, n, sampling, self.seeds(split, phase, list(prompts))) if prompts else []
+        generated = time.perf_counter()
+
+        texts = iter(tokenizer.batch_decode([c.token_ids for cs in answers for c in cs], skip_special_tokens=True))
+        self.samples = [
+            Sample(prompt.text, next(texts), prompt.answer, len(c.token_ids), c.truncated)
+            for prompt, completions in zip(prompts.values(), answers, strict=True)
+            for c in completions
+        ]
+        if score:
+            self.score_samples(self.samples)
+        rewards = [0.0 if s.reward is None else s.reward for s in self.samples]
+        groups = [
+            Group(prompt.token_ids, completions, rewards[i * n : (i + 1) * n])
+            for i, (prompt, completions) in enumerate(zip(prompts.values(), answers, strict=True))
+        ]
+        return groups, {
+            "seconds_generate": generated - start,
+            "seconds_reward": time.perf_counter() - generated,
+            "tokens": float(sum(s.num_tokens for s in self.samples)),
+        }
+
+    def score_samples(self, samples: list[Sample]) -> None:
+        """Fill in the samples' rewards.
+
+        Raises:
+            UserError: if the reward raises, or returns anything but one finite number per sample.
+        """
+        if not samples:
+            return
+        name = getattr(self.reward, "__qualname__", type(self.reward).__qualname__)
+        try:
+            rewards = list(self.reward(samples))
+        except UserError:
+            raise
+        except Exception as error:
+            frame = error.__traceback__
+            while frame and frame.tb_next:
+                frame = frame.tb_next
+            where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
+            raise UserError(
+                f"data.init_args.reward: {name} raised {type(error).__name__}: {error} (at {where}) on {len(samples)}"
+                f" samples; the first is {samples[0]}."
+            ) from error
+        if len(rewards) != len(samples):
+            raise UserError(
+                f"data.init_args.reward: {name} returned {len(rewards)} values for {len(samples)} samples; expected one each."
+            )
+        for sample, reward in zip(samples, rewards, strict=True):
+            if isinstance(reward, Tensor | np.generic) and reward.ndim == 0:
+                reward = reward.item()
+            if not isinstance(reward, int | float) or not math.isfinite(reward):
+                raise UserError(
+                    f"data.init_args.reward: {name} returned {reward!r}; expected a finite number. The sample: {sample}."
+                )
+            sample.reward = float(reward)
+
+    def collect_eval(self, engine: Engine, sampling: Sampling, split: str) -> None:
+        """Sample this rank's share of the held-out prompts and fill the loader that is read next."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        prompts = dict(list(enumerate(self.prompts[split]))[rank::world])
+        groups, _ = self.sample(engine, sampling, split, 0, prompts, self.samples_per_prompt, score=split != "predict")
+        rewards = torch.tensor([group.rewards for group in groups]).reshape(len(groups), self.samples_per_prompt)
+        self.loaders[split].fill([rewards])
+
+    def eval_loader(self, split: str) -> FilledLoader[Tensor] | list[Any]:
+        """One item per pass: this rank's rewards ``[P, n]``."""
+        return self.loaders.get(split, [])
+
+    def val_dataloader(self) -> Any:
+        return self.eval_loader("val")
+
+    def test_dataloader(self) -> Any:
+        return self.eval_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        return self.eval_loader("predict")

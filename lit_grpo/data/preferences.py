@@ -1,0 +1,121 @@
+"""Offline data: groups that somebody else wrote and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lit_grpo.data.base import PromptData, RewardFn
+from lit_grpo.data.collate import collate, micro_batches, select_rows
+from lit_grpo.data.prompts import Source, load_prompts, load_rows
+from lit_grpo.data.types import Batch, Completion, Group
+from lit_grpo.errors import UserError
+from lit_grpo.rewards import math_reward
+
+
+@dataclass
+class Demonstrations(Source):
+    """A source whose rows also hold a completion."""
+
+    answer: str | None = None
+    """Not used in training."""
+
+    completion: str = "completion"
+    """Column of the text that followed the prompt."""
+
+
+class PreferenceData(PromptData):
+    """Completions of a file, as groups of one scored 1.
+
+    Args:
+        train: prompts with completions.
+        val: see :class:`~lit_grpo.data.base.PromptData`, as for the arguments not listed here.
+        batch_size: groups of one optimizer step, over all processes; a last incomplete step of an epoch is left out.
+            Each step takes ``trainer.accumulate_grad_batches`` micro-batches per process.
+    """
+
+    def __init__(
+        self,
+        train: Demonstrations,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        reward: RewardFn = math_reward,
+        batch_size: int = 64,
+        samples_per_prompt: int = 4,
+        template: str = "{prompt}",
+        chat_template: bool = False,
+        max_prompt_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            val, test, predict, reward, samples_per_prompt, template, chat_template, max_prompt_tokens, seed
+        )
+        self.train, self.batch_size = train, batch_size
+        self.groups: list[Group] = []
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.groups = self.load_groups()
+            self.check_sizes()
+        super().setup(stage)
+
+    def load_groups(self) -> list[Group]:
+        """Prompt and completion are tokenised apart, so that no token spans both; completions end with the EOS token."""
+        tokenizer, key = self.trainer.lightning_module.tokenizer, "data.init_args.train"
+        prompts = load_prompts(self.train, key, tokenizer, self.template, self.chat_template)
+        completions = [row[self.train.completion] for row in load_rows(self.train, [self.train.completion], key)]
+        encoded = tokenizer(completions, add_special_tokens=False)["input_ids"]
+        return [
+            Group(prompt.token_ids, [Completion([*token_ids, tokenizer.eos_token_id])], [1.0])
+            for prompt, token_ids in zip(prompts, encoded, strict=True)
+            if self.max_prompt_tokens is None or len(prompt.token_ids) <= self.max_prompt_tokens
+        ]
+
+    def check_sizes(self) -> None:
+        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if self.batch_size < 1 or self.batch_size % world or self.batch_size // world < accumulate:
+            raise UserError(
+                f"data.init_args.batch_size: {self.batch_size} groups cannot fill {accumulate} micro-batches"
+                f" (trainer.accumulate_grad_batches) on each of {world} processes. Use a multiple of {world}, at least"
+                f" {world * accumulate}."
+            )
+        if len(self.groups) < self.batch_size:
+            raise UserError(
+                f"data.init_args.batch_size: {self.batch_size} groups per step, but {self.train.path!r} has only"
+                f" {len(self.groups)}. Lower it."
+            )
+
+    def train_dataloader(self) -> Any:
+        return OfflineLoader(self)
+
+
+class OfflineLoader:
+    """One epoch over the groups in a new random order; every rank computes the same order and takes its own share."""
+
+    def __init__(self, data: PreferenceData) -> None:
+        self.data = data
+        self.steps = len(data.groups) // data.batch_size
+
+    def __len__(self) -> int:
+        return self.steps * self.data.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        data, trainer = self.data, self.data.trainer
+        loss, world = trainer.lightning_module.loss, trainer.world_size
+        order = np.random.default_rng((data.seed, trainer.current_epoch)).permutation(len(data.groups))
+        for step in range(self.steps):
+            groups = [data.groups[i] for i in order[step * data.batch_size : (step + 1) * data.batch_size]]
+            rows = select_rows(groups, loss.select)
+            total_tokens = sum(len(row.completion.token_ids) for row in rows)
+            per_group = len(rows) // len(groups)
+            mine = [
+                row
+                for g in range(trainer.global_rank, len(groups), world)
+                for row in rows[g * per_group : (g + 1) * per_group]
+            ]
+            for part in micro_batches(mine, trainer.accumulate_grad_batches, loss.unit, loss.drops_zero_advantages):
+                yield collate(part, len(rows), total_tokens)

@@ -1,0 +1,126 @@
+"""Data set rows to prompts: columns, templates, tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_grpo.errors import UserError
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class Source:
+    """Where rows come from, in YAML under ``data.init_args.train``, ``val``, ``test`` or ``predict``."""
+
+    path: str
+    """Hub id of a data set, or a local .json, .jsonl, .parquet or .csv file."""
+
+    name: str | None = None
+    """Configuration of a hub data set."""
+
+    split: str = "train"
+    """Split of a hub data set, slices such as ``train[:1000]`` included."""
+
+    prompt: str = "prompt"
+    """Column of the question: text, or a list of chat messages."""
+
+    answer: str | None = "answer"
+    """Column of the gold answer, which only the reward sees. Null where there is none."""
+
+
+@dataclass
+class Prompt:
+    """One row, ready for the engine."""
+
+    text: str
+    token_ids: list[int]
+    answer: str
+
+
+def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, Any]]:
+    """The wanted columns of all rows.
+
+    Args:
+        source: where to look.
+        columns: which must exist and hold a value in every row.
+        key: the YAML key of the source, for messages.
+
+    Raises:
+        UserError: if the data set cannot be read, is empty, lacks a column, or has an empty cell.
+    """
+    from datasets import load_dataset  # takes a second to import
+
+    path = Path(source.path)
+    if path.suffix in FORMATS and not path.is_file():
+        raise UserError(f"{key}.path: no file {source.path!r} (looked from {Path.cwd()}).")
+    if path.is_file() and path.suffix not in FORMATS:
+        raise UserError(f"{key}.path: cannot tell the format of {source.path!r}; expected one of {', '.join(FORMATS)}.")
+    try:
+        if path.is_file():
+            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split)
+        else:
+            data = load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the library raises many kinds, from its own to pyarrow's and the network's
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{key}.path: cannot load {source.path!r} (name {source.name!r}, split {source.split!r}):"
+            f" {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no details'}"
+        ) from error
+    if missing := [column for column in columns if column not in data.column_names]:
+        raise UserError(
+            f"{key}: {source.path!r} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. Name the right one in {key}."
+        )
+    if not len(data):
+        raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.")
+    rows = data.select_columns(columns).to_list()
+    for i, row in enumerate(rows):
+        for column in columns:
+            if row[column] is None or row[column] == "" or row[column] == []:
+                raise UserError(
+                    f"{key}: row {i} of {source.path!r} has nothing in column {column!r}. Fill or drop the row."
+                )
+    return rows
+
+
+def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_template: bool) -> list[Prompt]:
+    """All prompts of a source as token ids.
+
+    Args:
+        source: where to look.
+        key: the YAML key of the source, for messages.
+        tokenizer: of the policy.
+        template: text in which ``{prompt}`` is replaced by the row's text.
+        chat_template: whether to wrap the prompt in the tokenizer's chat template.
+
+    Raises:
+        UserError: as :func:`load_rows`, and if the template or the kind of a prompt does not fit.
+    """
+    if "{prompt}" not in template:
+        raise UserError(f"data.init_args.template: expected a text that contains {{prompt}}, got {template!r}.")
+    if chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "data.init_args.chat_template: is true, but the model's tokenizer has no chat template. Set it to false."
+        )
+    columns = [source.prompt] + ([source.answer] if source.answer else [])
+    prompts = []
+    for i, row in enumerate(load_rows(source, columns, key)):
+        content = row[source.prompt]
+        if not isinstance(content, str) and not chat_template:
+            raise UserError(
+                f"{key}.prompt: row {i} of {source.path!r} holds {type(content).__name__} in column {source.prompt!r},"
+                " expected text. If these are chat messages, set data.init_args.chat_template to true."
+            )
+        if isinstance(content, str):
+            content = template.replace("{prompt}", content)
+        text = content
+        if chat_template:
+            messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        token_ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
+        if not token_ids:
+            raise UserError(f"{key}: row {i} of {source.path!r} has no tokens: {text!r}.")
+        prompts.append(Prompt(text, token_ids, str(row[source.answer]) if source.answer else ""))
+    return prompts

@@ -1,0 +1,106 @@
+"""What travels through a run. Read this file and you know the pipeline.
+
+A *prompt* becomes a *group* of completions with rewards; groups become the rows of a *batch*. Online, the engine wrote
+the completions and a reward function scored them. Offline, somebody else did: a preference pair is a group of two
+scored 1 and 0, a demonstration is a group of one scored 1.
+
+Example: the prompt ``12+34=`` and two completions ``46<eos>`` and ``40<eos>``, of which the first is right::
+
+    Group([1, 2, 10, 3, 4, 15], [Completion([4, 6, 0]), Completion([4, 0, 0])], rewards=[1.0, 0.0])
+
+As rows of a batch (T = 9; the mask has T - 1 = 8 columns, column t speaks of token t + 1)::
+
+    tokens      1 2 10 3 4 15 4 6 0      mask  0 0 0 0 0 1 1 1      advantages  +1
+                1 2 10 3 4 15 4 0 0            0 0 0 0 0 1 1 1                  -1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Completion:
+    """Tokens that followed a prompt. They are trained as they are: never decoded and encoded again."""
+
+    token_ids: list[int]
+    """Ends with an end-of-sequence id unless truncated."""
+
+    logps: list[float] | None = None
+    """The sampler's log-prob of each token, at the sampling temperature. None where nobody sampled (offline data)."""
+
+    truncated: bool = False
+    """True if the engine stopped at ``max_tokens`` and not at an end-of-sequence id."""
+
+
+@dataclass
+class Group:
+    """One prompt, its completions and their rewards."""
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+    rewards: list[float]
+
+
+@dataclass
+class Sample:
+    """One completion as text: what a reward function reads."""
+
+    prompt: str
+    completion: str
+    answer: str
+    """The gold answer of the data set; empty where it has none."""
+
+    num_tokens: int
+    truncated: bool
+    reward: float | None = None
+    """Filled in after scoring."""
+
+
+@dataclass
+class Batch:
+    """N rows, right-padded to T tokens: one micro-batch.
+
+    Column t of every ``[N, T - 1]`` tensor speaks of token t + 1.
+    """
+
+    tokens: Tensor
+    """[N, T] int64. Padding stands at the right, where causal attention never looks from a real token."""
+
+    mask: Tensor
+    """[N, T - 1] bool, True where token t + 1 belongs to the completion."""
+
+    advantages: Tensor
+    """[N] float, signed: what the loss made of the rewards."""
+
+    sampler_logps: Tensor | None
+    """[N, T - 1] float, 0 outside the mask. None for data that nobody sampled."""
+
+    on_policy: bool
+    """True if the policy that trains on this batch is exactly the one that sampled it."""
+
+    temperature: float
+    """At which the completions were sampled, and at which log-probs are taken."""
+
+    total_rows: int
+    """Rows of the whole optimizer step, over all its micro-batches and ranks, rows that were dropped included."""
+
+    total_tokens: int
+    """Completion tokens of the same rows."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device; Lightning calls this."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            mask=move(self.mask),
+            advantages=move(self.advantages),
+            sampler_logps=None if self.sampler_logps is None else move(self.sampler_logps),
+        )

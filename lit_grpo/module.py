@@ -1,0 +1,175 @@
+"""The LightningModule: policy, frozen reference, and one training step for every loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_grpo.data.types import Batch
+from lit_grpo.errors import UserError
+from lit_grpo.losses.base import Loss, LossInputs
+from lit_grpo.metrics import MeanAtK, PassAtK
+from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
+
+
+class PolicyModule(L.LightningModule):
+    """A policy that trains with any loss on any batch.
+
+    Args:
+        model: folder or hub id of a causal language model with its tokenizer.
+        loss: the objective.
+        optimizer: of the policy's parameters. Adam without weight decay at 1e-6, the rate of most RL recipes.
+        lr_scheduler: stepped once per optimizer step; constant if not given.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory and about a third more time.
+        correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
+        max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
+            this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.02 is
+            normal in bfloat16, 1e-5 in float32.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        loss: Loss,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        correct_at: float = 1.0,
+        max_mismatch: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.model_name, self.loss = model, loss
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.gradient_checkpointing, self.correct_at, self.max_mismatch = (
+            gradient_checkpointing,
+            correct_at,
+            max_mismatch,
+        )
+        self.config = load_config(model)
+        self.tokenizer = load_tokenizer(model)
+        self.stop_token_ids = stop_token_ids(model, self.tokenizer)
+        self.policy: Policy | None = None
+        self.reference: Policy | None = None
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 2**31))
+
+    def setup(self, stage: str) -> None:
+        n = getattr(self.trainer.datamodule, "samples_per_prompt", 1)
+        self.samples_per_prompt = n
+        self.mean_at_k, self.pass_at_k = (
+            MeanAtK(),
+            PassAtK(k=[2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]),
+        )
+
+    def configure_model(self) -> None:
+        if self.policy is not None:  # Lightning may call this twice
+            return
+        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+        if self.loss.needs_reference:
+            self.reference = load_reference(self.model_name)
+
+    def configure_optimizers(self) -> Any:
+        assert self.policy is not None
+        optimizer = self.make_optimizer(self.policy.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.policy is not None
+        logps = self.policy(batch.tokens, batch.mask, batch.temperature)
+        ref_logps = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_logps = self.reference(batch.tokens, batch.mask, batch.temperature)
+        if batch_idx == 0 and batch.sampler_logps is not None:
+            self.check_mismatch((logps.detach() - batch.sampler_logps).abs()[batch.mask].mean())
+
+        output = self.loss(
+            LossInputs(
+                logps,
+                batch.mask,
+                batch.advantages.to(logps.dtype),
+                old_logps=None if batch.on_policy else batch.sampler_logps,
+                ref_logps=ref_logps,
+                total_rows=batch.total_rows,
+                total_tokens=batch.total_tokens,
+            )
+        )
+        accumulate = self.trainer.accumulate_grad_batches
+        updates = self.trainer.num_training_batches / accumulate
+        for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+            # Shares of a step add up over its micro-batches and ranks; the epoch's value is the mean over its steps.
+            self.log(
+                f"train/{name}",
+                value / updates,
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="sum",
+                sync_dist=True,
+                batch_size=1,
+            )
+        # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
+        return output.loss * accumulate * self.trainer.world_size
+
+    def check_mismatch(self, mismatch: Tensor) -> None:
+        """Log how far sampler and trainer are apart, and stop where the engine cannot have run this policy."""
+        self.log("train/sampler_mismatch", mismatch, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        if not mismatch <= self.max_mismatch:
+            raise UserError(
+                f"The engine does not run the current policy: the log-probs of the tokens it sampled differ from the"
+                f" trainer's by {mismatch.item():.3g} on average, more than model.max_mismatch {self.max_mismatch}. See"
+                ' "Engine out of sync" in docs/troubleshooting.md.'
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.policy is not None
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+
+    def score(self, rewards: Tensor) -> None:
+        """Count one batch of held-out prompts, ``[P, n]`` rewards."""
+        correct = (rewards >= self.correct_at).sum(-1)
+        samples = torch.full_like(correct, rewards.shape[1])
+        self.mean_at_k.update(correct, samples)
+        self.pass_at_k.update(correct, samples)
+
+    def log_scores(self, prefix: str) -> None:
+        """Log Mean@n and Pass@k over all ranks, and start afresh."""
+        scores = {f"{prefix}/mean_at_{self.samples_per_prompt}": self.mean_at_k.compute()}
+        scores |= {f"{prefix}/pass_at_{k}": value for k, value in self.pass_at_k.compute().items()}
+        self.log_dict(scores)
+        self.mean_at_k.reset()
+        self.pass_at_k.reset()
+
+    def validation_step(self, rewards: Tensor, batch_idx: int) -> None:
+        self.score(rewards)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_scores("val")
+
+    def test_step(self, rewards: Tensor, batch_idx: int) -> None:
+        self.score(rewards)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_scores("test")
+
+    def predict_step(self, rewards: Tensor, batch_idx: int) -> None:
+        """Nothing is left to compute: the engine has answered, and the sample table writes the answers down."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("reference.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.state_dict()
+        checkpoint["state_dict"] |= {k: v for k, v in own.items() if k.startswith("reference.")}

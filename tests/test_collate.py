@@ -1,0 +1,109 @@
+"""From groups to padded micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_grpo.data.collate import Row, collate, micro_batches, select_rows
+from lit_grpo.data.loader import FilledLoader
+from lit_grpo.data.types import Completion, Group
+from lit_grpo.losses import TwoGRPO
+
+
+def row(prompt: int, completion: int, advantage: float = 1.0) -> Row:
+    return Row([1] * prompt, Completion([2] * completion, [-0.5] * completion), advantage)
+
+
+def test_the_example_of_the_data_types_page():
+    group = Group(
+        [1, 2, 10, 3, 4, 15],
+        [Completion([4, 6, 0], [-0.1, -0.2, -0.3]), Completion([4, 0, 0], [-0.4, -0.5, -0.6])],
+        [1.0, 0.0],
+    )
+    batch = collate(select_rows([group], TwoGRPO().select), total_rows=2, total_tokens=6)
+    assert batch.tokens.tolist() == [[1, 2, 10, 3, 4, 15, 4, 6, 0], [1, 2, 10, 3, 4, 15, 4, 0, 0]]
+    assert batch.mask.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]] * 2
+    assert batch.advantages.tolist() == [1, -1]
+    assert batch.sampler_logps is not None
+    torch.testing.assert_close(batch.sampler_logps[batch.mask].tolist(), [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
+    assert not batch.sampler_logps[~batch.mask].any()
+
+
+def test_rows_are_trimmed_to_their_own_longest_and_padded_at_the_right():
+    batch = collate([row(2, 3), row(1, 1)], 2, 4)
+    assert batch.tokens.tolist() == [[1, 1, 2, 2, 2], [1, 2, 0, 0, 0]]
+    assert batch.mask.int().tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_offline_rows_have_no_sampler_logps():
+    assert collate([Row([1], Completion([2]), 1.0)], 1, 1).sampler_logps is None
+
+
+def test_to_moves_tensors_and_keeps_counts():
+    batch = collate([row(1, 1)], 5, 7).to("meta")
+    assert {batch.tokens.device.type, batch.mask.device.type, batch.advantages.device.type} == {"meta"}
+    assert (batch.total_rows, batch.total_tokens) == (5, 7)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.sampled_from([-1.0, 0.0, 1.0])), min_size=4, max_size=40),
+    st.integers(1, 4),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+)
+def test_micro_batches_lose_nothing_that_has_a_gradient(lengths, count, unit, drop):
+    rows = [row(1, length, advantage) for length, advantage in lengths]
+    rows = rows[: len(rows) // unit * unit]
+    if len(rows) // unit < count:
+        return
+    parts = micro_batches(rows, count, unit, drop)
+    kept = [r for part in parts for r in part]
+    assert len(parts) == count
+    assert all(parts)
+    assert len({id(r) for r in kept}) == len(kept)
+    assert {id(r) for r in rows if r.advantage != 0} <= {id(r) for r in kept}
+    assert drop or len(kept) == len(rows)
+    units = {tuple(id(r) for r in rows[i : i + unit]) for i in range(0, len(rows), unit)}
+    assert all(tuple(id(r) for r in part[i : i + unit]) in units for part in parts for i in range(0, len(part), unit))
+
+
+def test_zero_rows_are_dropped_except_to_fill_up():
+    signal, zeros = [row(1, 9), row(1, 9)], [row(1, 5, 0.0), row(1, 2, 0.0), row(1, 7, 0.0)]
+    assert [len(p) for p in micro_batches(signal + zeros, 2, drop_zeros=True)] == [1, 1]
+    filled = micro_batches(signal + zeros, 3, drop_zeros=True)
+    assert [r.advantage for part in filled for r in part] == [1, 1, 0]
+    assert len(filled[-1][0].completion.token_ids) == 2  # the shortest
+
+
+def test_micro_batches_carry_about_equal_tokens():
+    parts = micro_batches([row(1, 99)] * 4 + [row(1, 9)] * 40, 4)
+    tokens = [sum(len(r) for r in part) for part in parts]
+    assert tokens == [200, 200, 200, 200]
+
+
+def test_too_few_rows_for_the_micro_batches():
+    with pytest.raises(ValueError, match="2 units of 1 rows cannot fill 3"):
+        micro_batches([row(1, 1)] * 2, 3)
+
+
+class TestFilledLoader:
+    def test_yields_what_was_put_in_once(self):
+        loader = FilledLoader(2, "hint")
+        loader.fill([1, 2])
+        assert len(loader) == 2
+        assert list(loader) == [1, 2]
+        with pytest.raises(RuntimeError, match="hint"):
+            list(loader)
+
+    def test_body_runs_at_the_first_item_and_not_before(self):
+        loader = FilledLoader(1, "hint")
+        iterator = iter(loader)  # Lightning makes the iterator before the hooks that fill it
+        loader.fill(["fresh"])
+        assert next(iterator) == "fresh"
+
+    def test_wrong_number_of_items(self):
+        with pytest.raises(ValueError, match="Expected 2 items, got 1"):
+            FilledLoader(2, "hint").fill([1])
