@@ -36,8 +36,14 @@ def main(args: list[str] | None = None) -> None:
 
     try:
         run(args)
-    except UserError as error:
-        sys.exit(f"lit-grpo: error: {error}")
+    except Exception as error:
+        cause: BaseException | None = error  # the parser wraps what constructors raise
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        print(f"lit-grpo: error: {cause}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import callbacks
@@ -20,6 +22,14 @@ from callbacks import HFRollout, LearningCurve, PhaseProgress, Rollout, SampleTa
 from lit_grpo import data, losses  # noqa: F401  short class names in YAML are those of imported classes
 from lit_grpo.errors import UserError
 from lit_grpo.module import PolicyModule
+
+
+class Parser(LightningArgumentParser):
+    """Ends with the message alone: the usage line of a parser with 200 options would hide it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        noise = r"\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
+        raise UserError("\n".join(line for line in message.splitlines() if not re.match(noise, line))) from ex
 
 
 class CLI(LightningCLI):
@@ -39,6 +49,7 @@ class CLI(LightningCLI):
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
             },
+            parser_class=Parser,
             parser_kwargs={"prog": "lit-grpo", "description": "RL post-training of language models on Lightning."},
             args=args,
         )
@@ -70,20 +81,17 @@ class CLI(LightningCLI):
         """Do not let hyper-parameters of a checkpoint replace what the user wrote: ``config.yaml`` is the record."""
 
     def before_instantiate_classes(self) -> None:
-        """Prepare the run folder and send everything there."""
+        """Prepare the run folder, before anything costs time."""
         config = self.config[self.subcommand]
-        folder = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         if rank_zero_only.rank == 0:
-            prepare_run_dir(folder, resume=config.get("ckpt_path") is not None)
-        config.trainer.default_root_dir = str(folder)
-        if config.trainer.logger is None:
-            where = {"save_dir": str(folder), "name": "", "version": ""}
-            config.trainer.logger = [
-                {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": where}
-                for name in ("TensorBoardLogger", "CSVLogger")
-            ]
+            prepare_run_dir(self.run_dir, resume=config.get("ckpt_path") is not None)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        config["default_root_dir"] = str(self.run_dir)
+        if config["logger"] is None:
+            loggers = (TensorBoardLogger, CSVLogger)
+            config["logger"] = [logger(str(self.run_dir), name="", version="") for logger in loggers]
         return super()._instantiate_trainer(config, [PhaseProgress(), *callbacks, SavePretrained(), LearningCurve()])
 
 
@@ -134,7 +142,8 @@ def keep_quiet() -> None:
         "The '.*_dataloader' does not have many workers",
         "Total length of `list` across ranks is zero",  # a run without held-out prompts
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-        "Experiment logs directory .* exists and is not empty",  # config.yaml; an old metrics.csv was put aside
+        "Experiment logs directory .* exists and is not empty",  # an old metrics.csv was put aside
+        "LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

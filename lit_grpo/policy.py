@@ -92,6 +92,11 @@ def load_tokenizer(model: str) -> Any:
             f"model.model: {model!r} has no tokenizer that transformers can load ({str(error).splitlines()[0]}). Save"
             " one into the folder with tokenizer.save_pretrained(...)."
         ) from error
+    if len(tokenizer) == len(tokenizer.all_special_tokens):  # transformers makes an empty one where no files are
+        raise UserError(
+            f"model.model: {model!r} has no tokenizer: no tokenizer.json or vocabulary beside its config.json. Save one"
+            " into the folder with tokenizer.save_pretrained(...)."
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.model: the tokenizer of {model!r} has no end-of-sequence token, so no completion could ever end. Set"

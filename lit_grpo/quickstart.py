@@ -1,8 +1,9 @@
 """``make quickstart``: from nothing to a trained policy, on a task small enough for a laptop.
 
-No weights are downloaded. A Qwen2 of 0.8 M parameters with a tokenizer of 16 symbols is made on the spot and learns
-from unreliable demonstrations of two-digit addition (`lit-grpo fit`, loss SFT). That leaves it where a base model
-stands: it knows the right answer as one of several. Then 2-GRPO (`lit-grpo fit`, loss TwoGRPO) sharpens it.
+No weights are downloaded. A Qwen2 of 0.5 M parameters with a tokenizer of 16 symbols is made on the spot and learns
+two-digit addition, then bad habits from unreliable demonstrations (`lit-grpo fit`, loss SFT). That leaves it where a
+base model stands: the right answer is one of several that it gives. Then 2-GRPO (`lit-grpo fit`, loss TwoGRPO)
+sharpens it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 SYMBOLS = "0123456789+=-*"
 RIGHT_SHARE = 0.3
-NUM_DEMONSTRATIONS, NUM_VAL = 20_480, 256
+NUM_DEMONSTRATIONS, NUM_VAL = 16_384, 256
 CONFIGS = Path("configs")
 
 
@@ -43,7 +44,7 @@ def make_task(folder: Path, seed: int) -> None:
     config = Qwen2Config(
         vocab_size=len(vocabulary),
         hidden_size=128,
-        intermediate_size=512,
+        intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -61,11 +62,12 @@ def make_task(folder: Path, seed: int) -> None:
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in problems]
     write_jsonl(folder / "val.jsonl", rows[:NUM_VAL])
     write_jsonl(folder / "train.jsonl", rows[NUM_VAL:])
-    demonstrations = [
-        {"prompt": f"{a}+{b}=", "completion": str(a + b + (0 if draw.random() < RIGHT_SHARE else wrong(draw)))}
-        for a, b in (draw.choice(problems[NUM_VAL:]) for _ in range(NUM_DEMONSTRATIONS))
-    ]
-    write_jsonl(folder / "demonstrations.jsonl", demonstrations)
+    for name, right_share in (("right", 1.0), ("unreliable", RIGHT_SHARE)):
+        demonstrations = [
+            {"prompt": f"{a}+{b}=", "completion": str(a + b + (0 if draw.random() < right_share else wrong(draw)))}
+            for a, b in draw.choices(problems[NUM_VAL:], k=NUM_DEMONSTRATIONS)
+        ]
+        write_jsonl(folder / f"{name}.jsonl", demonstrations)
 
 
 def wrong(draw: random.Random) -> int:
@@ -79,23 +81,24 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 
 def warm_start(folder: Path, seed: int) -> float:
     """Make the task and fit the demonstrations, once per folder; returns the seconds it took when it was done."""
-    record = folder / "seconds.json"
+    record = folder / "warm_start.json"
     if record.exists():
         print(f"Stage 1 of 2: the warm-started model is in {folder} already.")
-        return float(json.loads(record.read_text())["seconds_warm_start"])
+        return float(json.loads(record.read_text())["seconds"])
     from lit_grpo.cli import run
 
-    print(
-        f"Stage 1 of 2: a model of 0.8 M parameters learns from {NUM_DEMONSTRATIONS} demonstrations, {RIGHT_SHARE:.0%} of them right."
-    )
+    print(f"Stage 1 of 2: a new model learns addition, then from demonstrations of which {RIGHT_SHARE:.0%} are right.")
     start = time.perf_counter()
     make_task(folder, seed)
-    run([
-        "fit", f"--config={CONFIGS / 'quickstart_warmstart.yaml'}", f"--seed_everything={seed}", f"--run_dir={folder / 'warm_start'}",
-        f"--model.model={folder / 'model'}", f"--data.train.path={folder / 'demonstrations.jsonl'}",
-    ])  # fmt: skip
+    fit = ["fit", f"--config={CONFIGS / 'quickstart_warmstart.yaml'}", f"--seed_everything={seed}"]
+    for name, model, options in (
+        ("right", folder / "model", []),
+        ("unreliable", folder / "right" / "pretrained", ["--trainer.max_epochs=1", "--model.optimizer.lr=4.0e-4"]),
+    ):
+        data = folder / f"{name}.jsonl"
+        run([*fit, f"--run_dir={folder / name}", f"--model.model={model}", f"--data.train.path={data}", *options])
     seconds = time.perf_counter() - start
-    record.write_text(json.dumps({"seconds_warm_start": seconds}))
+    record.write_text(json.dumps({"seconds": seconds}))
     return seconds
 
 
@@ -106,7 +109,7 @@ def train(task: Path, run_dir: Path, seed: int, extra: list[str]) -> Any:
     print(f"\nStage 2 of 2: 2-GRPO on {run_dir}")
     return run([
         "fit", f"--config={CONFIGS / 'quickstart.yaml'}", f"--seed_everything={seed}", f"--run_dir={run_dir}",
-        f"--model.model={task / 'warm_start' / 'pretrained'}",
+        f"--model.model={task / 'unreliable' / 'pretrained'}",
         f"--data.train.path={task / 'train.jsonl'}", f"--data.val.path={task / 'val.jsonl'}", *extra,
     ])  # fmt: skip
 

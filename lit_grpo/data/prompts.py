@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
     """
     from datasets import load_dataset  # takes a second to import
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what goes wrong is said below
+
     path = Path(source.path)
     if path.suffix in FORMATS and not path.is_file():
         raise UserError(f"{key}.path: no file {source.path!r} (looked from {Path.cwd()}).")
@@ -64,6 +67,8 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
         else:
             data = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the library raises many kinds, from its own to pyarrow's and the network's
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.") from error
         cause = error.__cause__ or error
         raise UserError(
             f"{key}.path: cannot load {source.path!r} (name {source.name!r}, split {source.split!r}):"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lit_grpo.data.types import Completion
 from lit_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_grpo.data.types import Completion
 
 
 @dataclass

@@ -93,7 +93,8 @@ class VLLMEngine(Engine):
             for seed in seeds
         ]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        with isolate_rng():  # vLLM draws from the process's generators now and then
+            outputs = self.llm.generate(requests, params, use_tqdm=False)
         return [[_completion(sample) for sample in output.outputs] for output in outputs]
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import signal
 from typing import Any
 
 
@@ -48,8 +50,7 @@ def _parse_gold(gold: str) -> Any:
 
 
 def start_worker() -> None:
-    """Pay for the imports before the first deadline runs, and keep math-verify from warning that we set no time limit."""
-    import logging
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    """Pay for the imports before the first deadline runs, and let a kill work at once, even inside C code."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we set no time limit
     is_correct("1", "1")

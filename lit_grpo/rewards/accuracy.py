@@ -45,22 +45,23 @@ class MathReward:
     def pool(self) -> ProcessPool:
         pool = ProcessPool(self.workers, initializer=start_worker, context=multiprocessing.get_context("spawn"))
         weakref.finalize(self, _stop, pool)
+        try:
+            pool.schedule(is_correct, args=("1", "1")).result()
+        except (ProcessExpired, RuntimeError) as error:
+            raise UserError(
+                f"The processes that check answers do not start ({error}). In a script of your own, put what it does"
+                " under `if __name__ == '__main__':`, because each of these processes imports it again."
+            ) from error
         return pool
 
     def __call__(self, samples: list[Sample]) -> list[float]:
-        pairs = list({(sample.answer, sample.completion) for sample in samples})
+        pairs = list(dict.fromkeys((sample.answer, sample.completion) for sample in samples))
         verdicts = dict(zip(pairs, self._verify(pairs), strict=True))
         return [verdicts[sample.answer, sample.completion] for sample in samples]
 
     def _verify(self, pairs: list[tuple[str, str]]) -> list[float]:
         golds, completions = zip(*pairs, strict=True)
-        try:
-            results = self.pool.map(is_correct, golds, completions, timeout=self.timeout).result()
-        except RuntimeError as error:
-            raise UserError(
-                f"The processes that check answers could not start ({error}). In a script of your own, put what it does"
-                " under `if __name__ == '__main__':`, because each of these processes imports it again."
-            ) from error
+        results = self.pool.map(is_correct, golds, completions, timeout=self.timeout).result()
         scores = []
         for gold, completion in pairs:
             try:
