@@ -63,8 +63,9 @@ class PhaseProgress(ProgressBar):
             self.explained = True
             if data.updates_per_phase == 1 and abs(metrics["train/loss"]) < 1e-6:
                 self.bar.write(
-                    "loss 0.000 is right: with one update per phase the surrogate is 0 by construction, its gradient is not"
-                    f" ({metrics['train/informative_share']:.0%} of groups informative, grad norm {metrics['train/grad_norm']:.3g})"
+                    "loss 0.000 is right: with one update per phase the surrogate is 0 by construction, its gradient is"
+                    f" not ({metrics['train/informative_share']:.0%} of groups informative, grad norm"
+                    f" {metrics['train/grad_norm']:.3g})"
                 )
 
     def facts(self, metrics: dict[str, float]) -> list[str]:

@@ -14,7 +14,7 @@ from lit_grpo.errors import UserError
 
 
 class Rollout(L.Callback, ABC):
-    """At the start of a phase, and before validation, test and predict: weights to the engine, samples to the data module.
+    """Weights to the engine, samples to the data module: when a phase starts, and before validation, test and predict.
 
     The engine is made at its first use, when the policy is on its device.
 
@@ -85,14 +85,14 @@ class Rollout(L.Callback, ABC):
         self.evaluate(trainer, pl_module, "predict")
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any, split: str) -> None:
-        """Sample the held-out prompts of a split. Every evaluation draws with the same seeds, so that curves are smooth."""
+        """Sample the held-out prompts of a split, with the same seeds every time, so that curves are smooth."""
         engine, _ = self.sync(pl_module)
         trainer.datamodule.collect_eval(engine, self.evaluation, split)
         if split == "val" and not trainer.sanity_checking and trainer.state.fn == "fit":
             pl_module.log_dict({"val/seconds": self.clock(), "val/rollouts": float(self.rollouts)})
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's sanity check validates the untrained policy and forgets it; it is the first point of the curve."""
+        """Log what Lightning's sanity check found and would forget: the untrained policy, the curve's first point."""
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for logger in trainer.loggers:
             logger.log_metrics(scores, step=trainer.global_step)

@@ -18,7 +18,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import callbacks
-from callbacks import HFRollout, LearningCurve, PhaseProgress, Rollout, SampleTable, SavePretrained, VLLMRollout  # noqa: F401
+from callbacks import (  # noqa: F401
+    HFRollout,
+    LearningCurve,
+    PhaseProgress,
+    Rollout,
+    SampleTable,
+    SavePretrained,
+    VLLMRollout,
+)
 from lit_grpo import data, losses  # noqa: F401  short class names in YAML are those of imported classes
 from lit_grpo.errors import UserError
 from lit_grpo.module import PolicyModule
@@ -59,8 +67,8 @@ class CLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of this run: logs, samples, checkpoints, model. Default: runs/ and the time. It must be empty or new, unless"
-            " --ckpt_path resumes it.",
+            help="Folder of this run: logs, samples, checkpoints, model. Default: runs/ and the time. It must be empty or"
+            " new, unless --ckpt_path resumes it.",
         )
         parser.add_lightning_class_args(Rollout, "rollout", subclass_mode=True)
         parser.add_lightning_class_args(SampleTable, "samples")
@@ -100,16 +108,16 @@ def prepare_run_dir(folder: Path, resume: bool) -> None:
 
     Args:
         folder: of the run.
-        resume: whether a checkpoint is loaded. The folder may then hold the run that made it, whose ``metrics.csv`` is put
-            aside, because the CSV logger begins a new one.
+        resume: whether a checkpoint is loaded. The folder may then hold the run that made it, whose ``metrics.csv`` is
+            put aside, because the CSV logger begins a new one.
 
     Raises:
         UserError: if it holds another run, or cannot be written.
     """
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"run_dir: {str(folder)!r} is not empty, and nothing in it will be overwritten. Choose another folder, remove"
-            f" this one, or go on where it stopped with --ckpt_path {folder}/checkpoints/last.ckpt."
+            f"run_dir: {str(folder)!r} is not empty, and nothing in it will be overwritten. Choose another folder,"
+            f" remove this one, or go on where it stopped with --ckpt_path {folder}/checkpoints/last.ckpt."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,15 +136,15 @@ def run(args: list[str]) -> CLI:
     """Run one command line and return what it built."""
     if not hasattr(callbacks, "Rollout"):
         raise UserError(
-            f"The package `callbacks` of lit_grpo is shadowed by {callbacks.__file__}. Start with the command `lit-grpo`, which does not"
-            " look into the current folder."
+            f"The package `callbacks` of lit_grpo is shadowed by {callbacks.__file__}. Start with the command `lit-grpo`,"
+            " which does not look into the current folder."
         )
     keep_quiet()
     return CLI(args)
 
 
 def keep_quiet() -> None:
-    """Silence what tells the user nothing: advice on loaders we do not use, deprecations between libraries, and bars in files."""
+    """Silence what tells the user nothing: advice on loaders, deprecations between libraries, bars in files."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (
         "The '.*_dataloader' does not have many workers",

@@ -99,8 +99,8 @@ def load_tokenizer(model: str) -> Any:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.model: the tokenizer of {model!r} has no end-of-sequence token, so no completion could ever end. Set"
-            " tokenizer.eos_token and save it again."
+            f"model.model: the tokenizer of {model!r} has no end-of-sequence token, so no completion could ever end."
+            " Set tokenizer.eos_token and save it again."
         )
     return tokenizer
 

@@ -161,10 +161,16 @@ def main() -> None:
     for metric, label in (("mean_at_4", "Mean@4"), ("pass_at_4", "Pass@4")):
         print(f"{label:24}{summary[metric + '_before']:8.3f}{summary[metric + '_after']:8.3f}")
     print(
-        f"\n{summary['rollouts']:,} rollouts in {summary['seconds_rl']:.0f} s with {engine} (warm start"
-        f" {seconds_warm_start:.0f} s); on average {summary['informative_share']:.0%} of the pairs were informative.\n\n"
-        f"Look next at\n  {run_dir}/learning_curve.png\n  {run_dir}/samples/       what the policy wrote, with rewards\n"
-        f"  {run_dir}/config.yaml    the whole configuration\n  tensorboard --logdir {run_dir}"
+        f"""
+{summary["rollouts"]:,} rollouts in {summary["seconds_rl"]:.0f} s with {engine} (warm start {seconds_warm_start:.0f} s);
+on average {summary["informative_share"]:.0%} of the pairs were informative.
+
+Look next at
+  {run_dir}/learning_curve.png
+  {run_dir}/samples/        what the policy wrote, with rewards
+  {run_dir}/config.yaml     the whole configuration
+  {run_dir}/pretrained/     the trained model, for transformers and vLLM
+  tensorboard --logdir {run_dir}"""
     )
 
 

@@ -127,7 +127,9 @@ class TestFit:
         assert AutoTokenizer.from_pretrained(run / "pretrained")("1+2=")["input_ids"]
 
     def test_config_of_the_run_parses_again(self, run: Path, tmp_path: Path):
-        cli = CLI(["fit", f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}", "--trainer.max_epochs=0"])
+        cli = CLI(
+            ["fit", f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}", "--trainer.max_epochs=0"]
+        )
         assert cli.datamodule.prompts_per_phase == 8
 
     def test_a_finished_run_is_not_overwritten(self, run: Path, capsys: pytest.CaptureFixture[str]):
@@ -141,7 +143,9 @@ class TestFit:
         """Two phases, then two more from the checkpoint, against the four of ``run``: the same weights, bit for bit."""
         config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--checkpoint.every_n_epochs=1"]
         main(["fit", *config, "--trainer.max_epochs=2"])
-        main(["fit", *config, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
+        main(
+            ["fit", *config, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]
+        )
         whole = AutoModelForCausalLM.from_pretrained(run / "pretrained").state_dict()
         halves = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pretrained").state_dict()
         assert all(torch.equal(whole[name], halves[name]) for name in whole)
@@ -163,7 +167,14 @@ class TestFit:
 
     @pytest.mark.parametrize("command", ["validate", "test"])
     def test_validate_and_test_from_the_saved_folder(self, run: Path, tmp_path: Path, command: str):
-        main([command, f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", f"--model.model={run / 'pretrained'}"])
+        main(
+            [
+                command,
+                f"--config={run / 'config.yaml'}",
+                f"--run_dir={tmp_path / 'run'}",
+                f"--model.model={run / 'pretrained'}",
+            ]
+        )
         prefix = {"validate": "val"}.get(command, command)
         after = [row for row in rows_of(run) if row.get("val/mean_at_4")][-1]["val/mean_at_4"]
         assert float(rows_of(tmp_path / "run")[-1][f"{prefix}/mean_at_4"]) == pytest.approx(float(after), abs=0.2)
@@ -178,7 +189,9 @@ class TestFit:
                 f"--data.predict={{path: {tmp_path / 'questions.csv'}, prompt: question, answer: null}}",
             ]
         )
-        samples = [json.loads(line) for line in (tmp_path / "run" / "samples" / "predict.jsonl").read_text().splitlines()]
+        samples = [
+            json.loads(line) for line in (tmp_path / "run" / "samples" / "predict.jsonl").read_text().splitlines()
+        ]
         assert [s["prompt"] for s in samples] == ["1+2="] * 4 + ["3+4="] * 4
         assert {s["reward"] for s in samples} == {None}
 
@@ -200,24 +213,57 @@ MISTAKES = {
     "broken file": (["--data.train.path={tmp}/broken.jsonl"], r"data.init_args.train.path: cannot load .*broken.jsonl"),
     "empty file": (["--data.train.path={tmp}/empty.jsonl"], r"data.init_args.train.*empty.jsonl"),
     "header only": (["--data.train.path={tmp}/header.csv"], r"data.init_args.train.path: .*header.csv.* has no rows"),
-    "missing column": (["--data.train.answer=gold"], r"no column 'gold'; it has prompt, answer. Name the right one in data.init_args.train"),
-    "empty cell": (["--data.train.path={tmp}/hole.jsonl"], r"data.init_args.train: row 1 of .*hole.jsonl.* nothing in column 'answer'"),
-    "messages without a chat template": (["--data.train.path={tmp}/chat.jsonl"], r"row 0 .* holds list .*chat_template to true"),
+    "missing column": (
+        ["--data.train.answer=gold"],
+        r"no column 'gold'; it has prompt, answer. Name the right one in data.init_args.train",
+    ),
+    "empty cell": (
+        ["--data.train.path={tmp}/hole.jsonl"],
+        r"data.init_args.train: row 1 of .*hole.jsonl.* nothing in column 'answer'",
+    ),
+    "messages without a chat template": (
+        ["--data.train.path={tmp}/chat.jsonl"],
+        r"row 0 .* holds list .*chat_template to true",
+    ),
     "no chat template": (["--data.chat_template=true"], r"data.init_args.chat_template: .* has no chat template"),
     "template without prompt": (["--data.template=hello"], r"data.init_args.template: .*\{prompt\}.*'hello'"),
-    "prompt beyond the context": (["--rollout.max_tokens=60"], r"prompt \d+ has 6 tokens.*max_tokens 60 .*context of 64.*at most 4"),
+    "prompt beyond the context": (
+        ["--rollout.max_tokens=60"],
+        r"prompt \d+ has 6 tokens.*max_tokens 60 .*context of 64.*at most 4",
+    ),
     "all prompts too long": (["--data.max_prompt_tokens=2"], r"data.init_args.max_prompt_tokens: all 7844 prompts"),
-    "prompts do not divide": (["--data.updates_per_phase=3"], r"prompts_per_phase: 8 prompts do not divide .*multiple of 3, such as 9"),
-    "too many micro-batches": (["--trainer.accumulate_grad_batches=17"], r"accumulate_grad_batches: 17 .* 16 per process"),
+    "prompts do not divide": (
+        ["--data.updates_per_phase=3"],
+        r"prompts_per_phase: 8 prompts do not divide .*multiple of 3, such as 9",
+    ),
+    "too many micro-batches": (
+        ["--trainer.accumulate_grad_batches=17"],
+        r"accumulate_grad_batches: 17 .* 16 per process",
+    ),
     "group of one": (["--data.group_size=1"], r"data.init_args.group_size: TwoGRPO .* 1\. Set group_size to 2"),
-    "group of three": (["--data.group_size=3"], r"data.init_args.group_size: TwoGRPO .* 3\. Set group_size to 2, or model.loss to GRPO"),
+    "group of three": (
+        ["--data.group_size=3"],
+        r"data.init_args.group_size: TwoGRPO .* 3\. Set group_size to 2, or model.loss to GRPO",
+    ),
     "group of zero": (["--data.group_size=0"], r"data.init_args.group_size: expected a whole number >= 1, got 0"),
     "temperature 0": (["--rollout.temperature=0"], r"rollout.init_args.temperature: .* above 0, got 0"),
     "reward not found": (["--data.reward=test_cli.nothing"], r"reward.*'test_cli' has no attribute 'nothing'"),
-    "reward raises": (["--data.reward=test_cli.raises"], r"reward: raises raised ZeroDivisionError: division by zero \(at .*test_cli.py:\d+\)"),
-    "reward is NaN": (["--data.reward=test_cli.returns_nan"], r"reward: returns_nan returned nan; expected a finite number"),
-    "too few rewards": (["--data.reward=test_cli.returns_too_few"], r"reward: returns_too_few returned 1 values for 2 samples"),
-    "reward is text": (["--data.reward=test_cli.returns_text"], r"reward: returns_text returned 'good'; expected a finite number"),
+    "reward raises": (
+        ["--data.reward=test_cli.raises"],
+        r"reward: raises raised ZeroDivisionError: division by zero \(at .*test_cli.py:\d+\)",
+    ),
+    "reward is NaN": (
+        ["--data.reward=test_cli.returns_nan"],
+        r"reward: returns_nan returned nan; expected a finite number",
+    ),
+    "too few rewards": (
+        ["--data.reward=test_cli.returns_too_few"],
+        r"reward: returns_too_few returned 1 values for 2 samples",
+    ),
+    "reward is text": (
+        ["--data.reward=test_cli.returns_text"],
+        r"reward: returns_text returned 'good'; expected a finite number",
+    ),
     "no such model": (["--model.model=nowhere/nothing"], r"model.model: 'nowhere/nothing' is neither a folder"),
     "model without tokenizer": (["--model.model={tmp}/bare"], r"model.model: .*bare' has no tokenizer"),
     "run folder is a file": (["--run_dir={tmp}/data.txt"], r"run_dir: cannot write to .*data.txt"),
@@ -241,7 +287,12 @@ def bad_files(tmp_path: Path, model: str) -> Path:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_with_one_message_before_any_weights_are_loaded(
-    mistake: str, fit: list[str], val: str, bad_files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mistake: str,
+    fit: list[str],
+    val: str,
+    bad_files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     arguments, message = MISTAKES[mistake]
     monkeypatch.setattr("lit_grpo.module.load_policy", lambda *_: pytest.fail("weights were loaded"))

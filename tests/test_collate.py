@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lit_grpo.data.collate import Row, collate, micro_batches, select_rows
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.types import Completion, Group
+from lit_grpo.errors import UserError
 from lit_grpo.losses import TwoGRPO
 
 
@@ -95,7 +96,7 @@ class TestFilledLoader:
         loader.fill([1, 2])
         assert len(loader) == 2
         assert list(loader) == [1, 2]
-        with pytest.raises(RuntimeError, match="hint"):
+        with pytest.raises(UserError, match="hint"):
             list(loader)
 
     def test_body_runs_at_the_first_item_and_not_before(self):

@@ -104,7 +104,9 @@ def test_sample_depends_on_its_seed_alone(engine: Engine):
 
 
 def test_end_of_sequence_and_truncation_are_told_apart(engine: Engine):
-    completions = [c for group in engine.generate(PROMPTS, 40, Sampling(max_tokens=6, temperature=2.0), [1, 2, 3]) for c in group]
+    completions = [
+        c for group in engine.generate(PROMPTS, 40, Sampling(max_tokens=6, temperature=2.0), [1, 2, 3]) for c in group
+    ]
     assert {c.truncated for c in completions} == {True, False}
     for c in completions:
         assert 1 <= len(c.token_ids) <= 6
@@ -155,7 +157,12 @@ def test_hf_engine_stops_at_every_id(model: str, policy: Policy):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"max_tokens": 0}, "max_tokens"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_k": -1}, "top_k")],
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
 )
 def test_impossible_sampling_names_the_key(setting: dict[str, float], message: str):
     with pytest.raises(UserError, match=f"rollout.init_args.{message}: expected"):

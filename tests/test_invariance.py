@@ -28,7 +28,9 @@ class ScriptedEngine(Engine):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         list(weights)
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
+    ) -> list[list[Completion]]:
         return [[self.complete(seed + j) for j in range(n)] for seed in seeds]
 
     def complete(self, seed: int) -> Completion:
@@ -62,7 +64,9 @@ class Float64Module(PolicyModule):
         self.double()
 
 
-def train(model: str, prompts: str, folder: Path, loss: Loss, keep_zeros: bool = False, updates: int = 1, **options) -> dict[str, Tensor]:
+def train(
+    model: str, prompts: str, folder: Path, loss: Loss, keep_zeros: bool = False, updates: int = 1, **options
+) -> dict[str, Tensor]:
     """Weights after one phase of eight prompts."""
     if keep_zeros:
         loss.drops_zero_advantages = False
@@ -71,7 +75,9 @@ def train(model: str, prompts: str, folder: Path, loss: Loss, keep_zeros: bool =
     data = RolloutData(
         Source(prompts), reward=even_first_digit, prompts_per_phase=8, group_size=group_size, updates_per_phase=updates
     )
-    quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12)], **options).fit(module, datamodule=data)
+    quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12)], **options).fit(
+        module, datamodule=data
+    )
     return {name: tensor.detach() for name, tensor in module.policy.state_dict().items()}
 
 
@@ -81,7 +87,9 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("updates", [1, 2])
-def test_accumulation_and_skipping_change_nothing(model: str, few_prompts: str, tmp_path: Path, loss: str, updates: int):
+def test_accumulation_and_skipping_change_nothing(
+    model: str, few_prompts: str, tmp_path: Path, loss: str, updates: int
+):
     whole = train(model, few_prompts, tmp_path, LOSSES[loss](), keep_zeros=True, updates=updates)
     for accumulate in (1, 2, 4):
         cut = train(model, few_prompts, tmp_path, LOSSES[loss](), updates=updates, accumulate_grad_batches=accumulate)
@@ -96,7 +104,9 @@ def test_the_update_is_not_nothing(model: str, few_prompts: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("chunk", [18, 18 * 7])
-def test_chunk_size_of_the_log_probs_changes_nothing(monkeypatch, model: str, few_prompts: str, tmp_path: Path, chunk: int):
+def test_chunk_size_of_the_log_probs_changes_nothing(
+    monkeypatch, model: str, few_prompts: str, tmp_path: Path, chunk: int
+):
     import lit_grpo.logprobs
 
     whole = train(model, few_prompts, tmp_path, TwoGRPO())

@@ -56,7 +56,13 @@ def test_wrong_answers(gold: str, completion: str):
 
 @pytest.mark.parametrize(
     ("text", "content"),
-    [("no box", None), (r"\boxed{}", ""), (r"\boxed{a{b}c}", "a{b}c"), (r"\boxed{a", ""), (r"\boxed{1} \boxed{2}", "2")],
+    [
+        ("no box", None),
+        (r"\boxed{}", ""),
+        (r"\boxed{a{b}c}", "a{b}c"),
+        (r"\boxed{a", ""),
+        (r"\boxed{1} \boxed{2}", "2"),
+    ],
 )
 def test_last_boxed(text: str, content: str | None):
     assert last_boxed(text) == content
@@ -109,7 +115,9 @@ if __name__ == "__main__":
 
 def test_no_process_outlives_the_run(tmp_path: Path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    run = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120, check=True
+    )
     score, pids = run.stdout.splitlines()
     assert score == "[1.0]"
     assert len(pids.split()) == 2

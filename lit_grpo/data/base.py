@@ -126,7 +126,7 @@ class PromptData(L.LightningDataModule):
         return longest
 
     def seeds(self, split: str, phase: int, positions: Sequence[int]) -> list[int]:
-        """Sampling seed of each prompt: a function of the run's seed, the phase and the prompt's place, of nothing else."""
+        """Sampling seed of each prompt: a function of the run's seed, the phase and its place, and of nothing else."""
         stream = ["train", "val", "test", "predict"].index(split)
         entropy = [np.random.SeedSequence((self.seed, stream, phase, i)) for i in positions]
         return [int(e.generate_state(1, np.uint64)[0] >> np.uint64(2)) for e in entropy]
@@ -195,14 +195,16 @@ class PromptData(L.LightningDataModule):
             ) from error
         if len(rewards) != len(samples):
             raise UserError(
-                f"data.init_args.reward: {name} returned {len(rewards)} values for {len(samples)} samples; expected one each."
+                f"data.init_args.reward: {name} returned {len(rewards)} values for {len(samples)} samples; expected one"
+                " each."
             )
         for sample, reward in zip(samples, rewards, strict=True):
             if isinstance(reward, Tensor | np.generic) and reward.ndim == 0:
                 reward = reward.item()
             if not isinstance(reward, int | float) or not math.isfinite(reward):
                 raise UserError(
-                    f"data.init_args.reward: {name} returned {reward!r}; expected a finite number. The sample: {sample}."
+                    f"data.init_args.reward: {name} returned {reward!r}; expected a finite number. The sample:"
+                    f" {sample}."
                 )
             sample.reward = float(reward)
 

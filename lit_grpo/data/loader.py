@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from lit_grpo.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,6 @@ class FilledLoader(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         # A generator: its body starts at the first batch, after the hooks that fill it.
         if self.items is None:
-            raise RuntimeError(self.hint)
+            raise UserError(self.hint)
         items, self.items = self.items, None
         yield from items

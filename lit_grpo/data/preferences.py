@@ -64,11 +64,18 @@ class PreferenceData(PromptData):
         super().setup(stage)
 
     def load_groups(self) -> list[Group]:
-        """Prompt and completion are tokenised apart, so that no token spans both; completions end with the EOS token."""
+        """Tokenise prompts and completions apart, so that no token spans both; completions end with the EOS token."""
         tokenizer, key = self.trainer.lightning_module.tokenizer, "data.init_args.train"
         prompts = load_prompts(self.train, key, tokenizer, self.template, self.chat_template)
         completions = [row[self.train.completion] for row in load_rows(self.train, [self.train.completion], key)]
         encoded = tokenizer(completions, add_special_tokens=False)["input_ids"]
+        context = self.trainer.lightning_module.context
+        for i, (prompt, token_ids) in enumerate(zip(prompts, encoded, strict=True)):
+            if (length := len(prompt.token_ids) + len(token_ids) + 1) > context:
+                raise UserError(
+                    f"{key}: row {i} of {self.train.path!r} has {length} tokens, beyond the model's context of"
+                    f" {context}. Drop or shorten it."
+                )
         return [
             Group(prompt.token_ids, [Completion([*token_ids, tokenizer.eos_token_id])], [1.0])
             for prompt, token_ids in zip(prompts, encoded, strict=True)

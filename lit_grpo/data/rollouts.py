@@ -91,13 +91,14 @@ class RolloutData(PromptData):
         if share * rows_per_prompt // loss.unit < accumulate:
             raise UserError(
                 f"trainer.accumulate_grad_batches: {accumulate} micro-batches need at least as many"
-                f" {'rows' if loss.unit == 1 else 'pairs'}, but one update has {share * rows_per_prompt // loss.unit} per"
-                " process. Lower it, or raise data.init_args.prompts_per_phase."
+                f" {'rows' if loss.unit == 1 else 'pairs'}, but one update has {share * rows_per_prompt // loss.unit}"
+                " per process. Lower it, or raise data.init_args.prompts_per_phase."
             )
         rank_zero_info(
             f"One phase: {self.prompts_per_phase} prompts x {self.group_size} completions ="
-            f" {self.prompts_per_phase * self.group_size} rollouts -> updates: {self.updates_per_phase}, rows per update:"
-            f" {share * world * rows_per_prompt}, processes: {world}, micro-batches per process and update: {accumulate}."
+            f" {self.prompts_per_phase * self.group_size} rollouts -> updates: {self.updates_per_phase}, rows per"
+            f" update: {share * world * rows_per_prompt}, processes: {world}, micro-batches per process and update:"
+            f" {accumulate}."
         )
 
     def phase_prompts(self, phase: int) -> list[Prompt]:

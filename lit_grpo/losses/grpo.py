@@ -105,9 +105,10 @@ class GRPO(Loss):
 class TwoGRPO(GRPO):
     """2-GRPO: GRPO on groups of two, where the advantages are exactly +1 and -1, or 0 on a tie.
 
-    This is Eq. 14 of arXiv 2510.00977 (v2). At group size two, normalising by the population standard deviation leaves the sign of the reward difference, so
-    this is GRPO without its division: no epsilon, no Bessel factor of 0.707. Rewards that differ by at most
-    ``tie_tolerance`` count as equal, so that noise in a continuous reward is not blown up to a full +-1.
+    This is Eq. 14 of arXiv 2510.00977 (v2). At group size two, normalising by the population standard deviation leaves
+    the sign of the reward difference, so this is GRPO without its division: no epsilon, no Bessel factor of 0.707.
+    Rewards that differ by at most ``tie_tolerance`` count as equal, so that noise in a continuous reward is not blown up
+    to a full +-1.
 
     Args:
         clip_low: as in :class:`GRPO`.

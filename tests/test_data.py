@@ -1,0 +1,185 @@
+"""Prompts, phases and seeds: what a phase needs is a function of (seed, phase), whatever the number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_invariance import ScriptedEngine, even_first_digit
+
+from lit_grpo.data import Demonstrations, PreferenceData, RolloutData, Source
+from lit_grpo.data.prompts import load_prompts
+from lit_grpo.engines import Sampling
+from lit_grpo.errors import UserError
+from lit_grpo.losses import GRPO, SFT, TwoGRPO
+from lit_grpo.policy import load_tokenizer
+
+
+def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, accumulate: int = 1) -> Any:
+    """Give a data module what it reads of a trainer, as one of ``world`` processes."""
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(loss=loss, tokenizer=load_tokenizer(model), context=64),
+        global_rank=rank,
+        world_size=world,
+        accumulate_grad_batches=accumulate,
+        current_epoch=0,
+        strategy=SimpleNamespace(reduce=lambda x, reduce_op: x * world, root_device="cpu"),
+    )
+    data.setup("fit")
+    return data
+
+
+def rollout_data(model: str, prompts: str, rank: int = 0, world: int = 1, **options: Any) -> RolloutData:
+    defaults = {"prompts_per_phase": 4, "group_size": 2}
+    data = RolloutData(Source(prompts), reward=even_first_digit, **(defaults | options))
+    return connect(data, model, TwoGRPO() if data.group_size == 2 else GRPO(), rank, world)
+
+
+class TestPhases:
+    def test_every_prompt_comes_once_before_any_comes_twice(self, model: str, few_prompts: str):
+        data = rollout_data(model, few_prompts)
+        phases = [[p.text for p in data.phase_prompts(i)] for i in range(6)]
+        for first in (0, 2, 4):
+            assert len({*phases[first], *phases[first + 1]}) == 8
+        assert phases[0] + phases[1] != phases[2] + phases[3]  # a new order each time
+
+    def test_a_phase_may_be_longer_than_the_data(self, model: str, few_prompts: str):
+        data = rollout_data(model, few_prompts, prompts_per_phase=20)
+        texts = [p.text for p in data.phase_prompts(0)]
+        assert len(texts) == 20
+        assert len(set(texts[:8])) == len(set(texts[8:16])) == 8
+
+    def test_ranks_share_a_phase_out_between_them(self, model: str, few_prompts: str):
+        engine, sampling = ScriptedEngine(), Sampling(max_tokens=12)
+        whole = rollout_data(model, few_prompts)
+        whole.collect(engine, sampling, phase=3)
+        parts = [rollout_data(model, few_prompts, rank, world=2) for rank in range(2)]
+        for part in parts:
+            part.collect(engine, sampling, phase=3)
+        # The same prompts with the same completions, whoever sampled them.
+        assert [whole.samples[i : i + 2] for i in (0, 4)] == [parts[0].samples[i : i + 2] for i in (0, 2)]
+        assert [whole.samples[i : i + 2] for i in (2, 6)] == [parts[1].samples[i : i + 2] for i in (0, 2)]
+
+    def test_seeds_differ_between_phases_places_splits_and_runs(self, model: str, few_prompts: str):
+        data, other = rollout_data(model, few_prompts), rollout_data(model, few_prompts, seed=1)
+        seeds = [
+            *data.seeds("train", 0, range(100)),
+            *data.seeds("train", 1, range(100)),
+            *data.seeds("val", 0, range(100)),
+            *other.seeds("train", 0, range(100)),
+        ]
+        assert len(set(seeds)) == 400
+        assert data.seeds("train", 0, [7]) == [seeds[7]]
+        assert max(seeds) < 2**62
+
+    def test_batches_carry_the_counts_of_the_whole_step(self, model: str, few_prompts: str):
+        data = rollout_data(model, few_prompts, updates_per_phase=2)
+        stats = data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        batches = list(data.train_dataloader())
+        assert [b.on_policy for b in batches] == [True, False]
+        assert [b.total_rows for b in batches] == [4, 4]
+        assert sum(b.total_tokens for b in batches) == stats["tokens"] == sum(s.num_tokens for s in data.samples)
+        assert stats["reward"] == pytest.approx(sum(s.reward for s in data.samples) / 8)
+
+    def test_informative_share_counts_groups_with_a_difference(self, model: str, few_prompts: str):
+        data = rollout_data(model, few_prompts, prompts_per_phase=8)
+        stats = data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        rewards = [s.reward for s in data.samples]
+        mixed = sum(a != b for a, b in zip(rewards[::2], rewards[1::2], strict=True))
+        assert 0 < mixed < 8
+        assert stats["informative_share"] == mixed / 8
+        assert stats["trained_share"] == mixed / 8  # tied rows are not forwarded
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+    def test_formats_and_column_names(self, form: str, tmp_path: Path, model: str):
+        from datasets import Dataset
+
+        rows = Dataset.from_dict({"question": ["1+2=", "3+4="], "gold": [3, 7]})
+        path = tmp_path / f"data.{form}"
+        getattr(rows, {"jsonl": "to_json", "json": "to_json"}.get(form, f"to_{form}"))(str(path))
+        source = Source(str(path), prompt="question", answer="gold")
+        prompts = load_prompts(source, "data.train", load_tokenizer(model), "{prompt}", chat_template=False)
+        assert [(p.text, p.answer) for p in prompts] == [("1+2=", "3"), ("3+4=", "7")]
+        assert prompts[0].token_ids == load_tokenizer(model)("1+2=")["input_ids"]
+
+    def test_a_folder_with_a_data_set(self, tmp_path: Path, model: str):
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "test.jsonl").write_text(json.dumps({"prompt": "1+2=", "answer": "3"}))
+        source = Source(str(tmp_path / "set"), split="test")
+        assert load_prompts(source, "data.train", load_tokenizer(model), "{prompt}", False)[0].text == "1+2="
+
+    def test_template_and_chat_template(self, tmp_path: Path, model: str):
+        tokenizer = load_tokenizer(model)
+        tokenizer.chat_template = (
+            "{% for m in messages %}({{ m.content }}){% endfor %}{% if add_generation_prompt %}={% endif %}"
+        )
+        path = tmp_path / "data.jsonl"
+        path.write_text(json.dumps({"prompt": "1+2", "answer": "3"}))
+        prompt = load_prompts(Source(str(path)), "data.train", tokenizer, "0+{prompt}", chat_template=True)[0]
+        assert prompt.text == "(0+1+2)="
+        path.write_text(
+            json.dumps(
+                {"prompt": [{"role": "user", "content": "7"}, {"role": "assistant", "content": "8"}], "answer": "3"}
+            )
+        )
+        prompt = load_prompts(Source(str(path)), "data.train", tokenizer, "{prompt}", chat_template=True)[0]
+        assert prompt.text == "(7)(8)="
+
+    def test_long_prompts_are_left_out_and_counted(
+        self, model: str, few_prompts: str, caplog: pytest.LogCaptureFixture
+    ):
+        with caplog.at_level("INFO"):
+            data = rollout_data(model, few_prompts, max_prompt_tokens=6)
+        assert len(data.prompts["train"]) == 3
+        assert "left out 5 of 8 prompts" in caplog.text
+
+
+class TestPreferenceData:
+    @pytest.fixture
+    def demonstrations(self, tmp_path: Path) -> str:
+        path = tmp_path / "demonstrations.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"{i}+0=", "completion": str(i)}) + "\n" for i in range(10)))
+        return str(path)
+
+    def test_steps_cover_the_data_once_in_a_new_order_each_epoch(self, model: str, demonstrations: str):
+        data = connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, SFT(), accumulate=2)
+        batches = list(data.train_dataloader())
+        assert len(batches) == len(data.train_dataloader()) == 4  # two steps of two micro-batches; two groups left over
+        rows = [tuple(row.tolist()) for b in batches for row in b.tokens]
+        assert len(set(rows)) == 8
+        assert {(b.total_rows, b.total_tokens, b.sampler_logps) for b in batches} == {(4, 8, None)}
+        data.trainer.current_epoch = 1
+        assert rows != [tuple(row.tolist()) for b in data.train_dataloader() for row in b.tokens]
+
+    def test_completions_end_with_the_end_of_sequence(self, model: str, demonstrations: str):
+        data = connect(PreferenceData(Demonstrations(demonstrations), batch_size=10), model, SFT())
+        batch = next(iter(data.train_dataloader()))
+        last = batch.tokens[torch.arange(10), batch.mask.int().cumsum(-1).argmax(-1) + 1]
+        assert last.tolist() == [load_tokenizer(model).eos_token_id] * 10
+
+    def test_ranks_share_a_step(self, model: str, demonstrations: str):
+        whole = connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, SFT())
+        halves = [
+            connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, SFT(), r, 2) for r in range(2)
+        ]
+        rows = lambda data: {tuple(row.tolist()) for row in next(iter(data.train_dataloader())).tokens}  # noqa: E731
+        assert rows(whole) == rows(halves[0]) | rows(halves[1])
+        assert not rows(halves[0]) & rows(halves[1])
+
+    @pytest.mark.parametrize(
+        ("size", "world", "message"), [(3, 2, "multiple of 2"), (20, 1, "has only 10"), (0, 1, "batch_size: 0")]
+    )
+    def test_sizes_that_do_not_fit(self, model: str, demonstrations: str, size: int, world: int, message: str):
+        with pytest.raises(UserError, match=message):
+            connect(PreferenceData(Demonstrations(demonstrations), batch_size=size), model, SFT(), 0, world)
+
+    def test_a_demonstration_beyond_the_context(self, model: str, tmp_path: Path):
+        (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1", "completion": "2" * 64}))
+        with pytest.raises(UserError, match=r"row 0 .* 66 tokens.*context of 64"):
+            connect(PreferenceData(Demonstrations(str(tmp_path / "long.jsonl")), batch_size=1), model, SFT())

@@ -1,0 +1,178 @@
+"""The LightningModule and the policy's log-probs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import quiet_trainer
+from test_invariance import ScriptedRollout, even_first_digit
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from callbacks import HFRollout
+from lit_grpo.data import RolloutData, Source
+from lit_grpo.errors import UserError
+from lit_grpo.logprobs import completion_logps
+from lit_grpo.losses import GRPO, TwoGRPO
+from lit_grpo.module import PolicyModule
+from lit_grpo.policy import load_policy, load_reference, load_tokenizer, stop_token_ids
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 1], [8, 9, 1, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    return tokens, mask
+
+
+class TestLogps:
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_equal_those_of_plain_log_softmax(self, model: str, temperature: float):
+        policy = load_policy(model).double()
+        tokens, mask = batch()
+        plain = (
+            (policy.lm(tokens).logits[:, :-1] / temperature).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        )
+        torch.testing.assert_close(policy(tokens, mask, temperature), plain * mask, rtol=0, atol=1e-12)
+
+    def test_padding_changes_nothing(self, model: str):
+        policy = load_policy(model).double()
+        tokens, mask = batch()
+        short = policy(tokens[1:, :3], mask[1:, :2])
+        torch.testing.assert_close(policy(tokens, mask)[1, :2], short[0], rtol=0, atol=1e-12)
+
+    def test_gradient_equals_that_of_plain_log_softmax_in_any_chunks(self, monkeypatch: pytest.MonkeyPatch, model: str):
+        monkeypatch.setattr("lit_grpo.logprobs.CHUNK_LOGITS", 16 * 2)
+        ours, plain = load_policy(model).double(), load_policy(model).double()
+        tokens, mask = batch()
+        ours(tokens, mask).square().sum().backward()
+        logits = plain.lm(tokens).logits[:, :-1]
+        (logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask).square().sum().backward()
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-12)
+
+    def test_softcap(self):
+        head = torch.nn.Linear(4, 7, bias=False).double()
+        hidden, tokens = torch.randn(1, 3, 4, dtype=torch.float64), torch.tensor([[1, 2, 3]])
+        found = completion_logps(hidden, tokens, torch.ones(1, 2).bool(), head, softcap=0.5)
+        plain = (
+            (0.5 * torch.tanh(head(hidden[:, :-1]) / 0.5)).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        )
+        torch.testing.assert_close(found, plain)
+
+    def test_no_completion_token_at_all(self, model: str):
+        tokens, _ = batch()
+        assert not load_policy(model)(tokens, torch.zeros(2, 5).bool()).any()
+
+
+class TestPolicy:
+    def test_dropout_is_off_and_mode_is_train(self, tmp_path: Path, model: str):
+        config = GPT2Config(
+            vocab_size=16, n_embd=8, n_layer=1, n_head=1, attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5
+        )
+        GPT2LMHeadModel(config).save_pretrained(tmp_path)
+        load_tokenizer(model).save_pretrained(tmp_path)
+        policy = load_policy(str(tmp_path))
+        assert policy.training
+        tokens, mask = batch()
+        assert torch.equal(policy(tokens, mask), policy(tokens, mask))
+
+    def test_gradient_checkpointing_gives_the_same_gradient(self, model: str):
+        plain, checkpointed = load_policy(model), load_policy(model, gradient_checkpointing=True)
+        assert checkpointed.lm.is_gradient_checkpointing
+        for policy in (plain, checkpointed):
+            policy(*batch()).sum().backward()
+        for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+    def test_weights_are_float32(self, model: str, tmp_path: Path):
+        load_policy(model).lm.to(torch.bfloat16).save_pretrained(tmp_path)
+        assert {p.dtype for p in load_policy(str(tmp_path)).parameters()} == {torch.float32}
+
+    def test_reference_is_frozen_and_in_eval_mode(self, model: str):
+        reference = load_reference(model)
+        assert not reference.training
+        assert not any(p.requires_grad for p in reference.parameters())
+
+    def test_all_stop_ids_are_found(self, tmp_path: Path, model: str):
+        load_policy(model).lm.save_pretrained(tmp_path)
+        tokenizer = load_tokenizer(model)
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+        assert stop_token_ids(str(tmp_path), tokenizer) == [1, 5, 7]
+
+
+def fit(module: PolicyModule, prompts: str, folder: Path, rollout=None, epochs: int = 1, **data) -> None:
+    data = RolloutData(Source(prompts), reward=even_first_digit, prompts_per_phase=8, **data)
+    rollout = rollout or HFRollout(max_tokens=6)
+    quiet_trainer(folder, max_epochs=epochs, callbacks=[rollout]).fit(module, datamodule=data)
+
+
+def test_reference_is_loaded_only_if_the_loss_needs_it(model: str, few_prompts: str, tmp_path: Path):
+    for loss, needed in ((TwoGRPO(), False), (TwoGRPO(beta=0.1), True)):
+        module = PolicyModule(model, loss)
+        fit(module, few_prompts, tmp_path)
+        assert (module.reference is not None) == needed
+
+
+def test_kl_is_zero_at_the_first_update_and_the_reference_stays(model: str, few_prompts: str, tmp_path: Path):
+    module = PolicyModule(model, TwoGRPO(beta=0.1), optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=6)])
+    trainer.fit(module, datamodule=RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8))
+    assert trainer.callback_metrics["train/kl"].item() == 0
+    start = load_policy(model).state_dict()
+    assert all(torch.equal(start[name], tensor) for name, tensor in module.reference.state_dict().items())
+    assert not all(torch.equal(start[name], tensor) for name, tensor in module.policy.state_dict().items())
+
+
+def test_checkpoint_leaves_the_reference_out_and_loads_again(model: str, few_prompts: str, tmp_path: Path):
+    module = PolicyModule(model, TwoGRPO(beta=0.1))
+    data = RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=6)])
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    names = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert names
+    assert not any(name.startswith("reference.") for name in names)
+    again = PolicyModule(model, TwoGRPO(beta=0.1))
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[HFRollout(max_tokens=6)])
+    trainer.fit(again, datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert trainer.current_epoch == 2
+
+
+def test_an_engine_that_does_not_run_the_policy_stops_the_run(model: str, few_prompts: str, tmp_path: Path):
+    """The scripted engine makes its log-probs up."""
+    with pytest.raises(UserError, match=r"The engine does not run the current policy.*model.max_mismatch 0.1"):
+        fit(PolicyModule(model, TwoGRPO()), few_prompts, tmp_path, ScriptedRollout(max_tokens=6))
+
+
+def test_a_stale_engine_stops_the_run(model: str, few_prompts: str, tmp_path: Path):
+    class Forgetful(HFRollout):
+        def make_engine(self, module, max_model_len):
+            engine = super().make_engine(module, max_model_len)
+            copy = {name: tensor.clone() for name, tensor in module.policy.lm.state_dict().items()}
+            load = engine.load_weights
+            engine.load_weights = lambda weights: load(copy.items())  # the first weights, again and again
+            return engine
+
+    module = PolicyModule(model, TwoGRPO(), optimizer=lambda p: torch.optim.SGD(p, lr=30.0))
+    with pytest.raises(UserError, match="does not run the current policy"):
+        fit(module, few_prompts, tmp_path, Forgetful(max_tokens=6), epochs=3)
+
+
+def test_first_update_is_on_policy_and_later_ones_see_a_ratio(model: str, few_prompts: str, tmp_path: Path):
+    seen = []
+
+    class Spy(GRPO):
+        def forward(self, inputs):
+            seen.append(inputs.old_logps is None)
+            return super().forward(inputs)
+
+    fit(PolicyModule(model, Spy()), few_prompts, tmp_path, group_size=4, updates_per_phase=4)
+    assert seen == [True, False, False, False]
+
+
+def test_missing_rollout_callback_is_said(model: str, few_prompts: str, tmp_path: Path):
+    data = RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
+    with pytest.raises(UserError, match="no rollout callback has run"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(PolicyModule(model, TwoGRPO()), datamodule=data)
