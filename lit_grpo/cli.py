@@ -67,8 +67,8 @@ class CLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of this run: logs, samples, checkpoints, model. Default: runs/ and the time. It must be empty or"
-            " new, unless --ckpt_path resumes it.",
+            help="Folder of this run: logs, samples, checkpoints, model. Default: runs/ and the time. It must be empty"
+            " or new, unless --ckpt_path resumes it.",
         )
         parser.add_lightning_class_args(Rollout, "rollout", subclass_mode=True)
         parser.add_lightning_class_args(SampleTable, "samples")
@@ -136,8 +136,8 @@ def run(args: list[str]) -> CLI:
     """Run one command line and return what it built."""
     if not hasattr(callbacks, "Rollout"):
         raise UserError(
-            f"The package `callbacks` of lit_grpo is shadowed by {callbacks.__file__}. Start with the command `lit-grpo`,"
-            " which does not look into the current folder."
+            f"The package `callbacks` of lit_grpo is shadowed by {callbacks.__file__}. Start with the command"
+            " `lit-grpo`, which does not look into the current folder."
         )
     keep_quiet()
     return CLI(args)

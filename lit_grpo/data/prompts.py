@@ -76,8 +76,8 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
         ) from error
     if missing := [column for column in columns if column not in data.column_names]:
         raise UserError(
-            f"{key}: {source.path!r} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. Name the right"
-            f" one in {key}."
+            f"{key}: {source.path!r} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. Name the"
+            f" right one in {key}."
         )
     if not len(data):
         raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.")

@@ -107,8 +107,8 @@ class TwoGRPO(GRPO):
 
     This is Eq. 14 of arXiv 2510.00977 (v2). At group size two, normalising by the population standard deviation leaves
     the sign of the reward difference, so this is GRPO without its division: no epsilon, no Bessel factor of 0.707.
-    Rewards that differ by at most ``tie_tolerance`` count as equal, so that noise in a continuous reward is not blown up
-    to a full +-1.
+    Rewards that differ by at most ``tie_tolerance`` count as equal, so that noise in a continuous reward is not blown
+    up to a full +-1.
 
     Args:
         clip_low: as in :class:`GRPO`.

@@ -30,9 +30,9 @@ def last_boxed(text: str) -> str | None:
 def is_correct(gold: str, completion: str) -> bool:
     r"""Whether math-verify finds the completion's answer equal to the gold one.
 
-    The answer is the last ``\boxed{}``; only a completion without any is searched for a number or formula. A gold answer
-    may be bare, in dollars, or a whole solution with a box. There is no time limit here: call this where it can be
-    killed.
+    The answer is the last ``\boxed{}``; only a completion without any is searched for a number or formula. A gold
+    answer may be bare, in dollars, or a whole solution with a box. There is no time limit here: call this where it can
+    be killed.
     """
     import math_verify
 
