@@ -15,8 +15,8 @@ commands:
   predict    sample prompts and write the completions to the run folder
 
 Every key of a config file can be given or changed on the command line, later ones win:
-  lit-grpo fit -c configs/grpo_math.yaml --model.loss TwoGRPO --data.group_size 2 --rollout VLLMRollout
-  lit-grpo fit -c configs/grpo_math.yaml --print_config      show the whole configuration and stop
+  lit-grpo fit -c configs/2grpo_math.yaml --model.loss GRPO --data.group_size 16 --data.prompts_per_phase 32
+  lit-grpo fit -c configs/2grpo_math.yaml --print_config     show the whole configuration and stop
   lit-grpo fit --help                                        every key with its meaning
 """
 

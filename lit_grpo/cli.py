@@ -80,6 +80,7 @@ class CLI(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.every_n_epochs": 50,
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,  # a resumed run goes on with last.ckpt, not last-v1.ckpt
                 "checkpoint.save_on_train_epoch_end": True,  # inside a phase there is nothing to resume from
             }
         )
@@ -98,8 +99,8 @@ class CLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         config["default_root_dir"] = str(self.run_dir)
         if config["logger"] is None:
-            loggers = (TensorBoardLogger, CSVLogger)
-            config["logger"] = [logger(str(self.run_dir), name="", version="") for logger in loggers]
+            where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
+            config["logger"] = [TensorBoardLogger(**where), CSVLogger(**where, flush_logs_every_n_steps=1)]
         return super()._instantiate_trainer(config, [PhaseProgress(), *callbacks, SavePretrained(), LearningCurve()])
 
 
@@ -140,6 +141,7 @@ def run(args: list[str]) -> CLI:
             " `lit-grpo`, which does not look into the current folder."
         )
     keep_quiet()
+    sys.path.append(os.getcwd())  # losses and rewards of the user's own; last, so that it shadows nothing
     return CLI(args)
 
 
@@ -151,6 +153,7 @@ def keep_quiet() -> None:
         "Total length of `list` across ranks is zero",  # a run without held-out prompts
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "Experiment logs directory .* exists and is not empty",  # an old metrics.csv was put aside
+        "It is recommended to use `self.log",  # vLLM makes a process group of one, which Lightning takes for many
         "LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_grpo.data.loader import FilledLoader
@@ -22,8 +22,6 @@ from lit_grpo.rewards import math_reward
 
 RewardFn = Callable[[list[Sample]], list[float]]
 """Scores samples, one float each. Any importable function, or object with ``__call__``, may stand in YAML."""
-
-log = logging.getLogger(__name__)
 
 NOTHING_SAMPLED = (
     "No samples to read: no rollout callback has run. Give the Trainer one (HFRollout or VLLMRollout; the command line"
@@ -97,12 +95,8 @@ class PromptData(L.LightningDataModule):
                 f"data.init_args.max_prompt_tokens: all {len(prompts)} prompts of {key} are longer than {limit} tokens."
             )
         if len(kept) < len(prompts):
-            log.info(
-                "%s: left out %d of %d prompts longer than %d tokens",
-                key,
-                len(prompts) - len(kept),
-                len(prompts),
-                limit,
+            rank_zero_info(
+                f"{key}: left out {len(prompts) - len(kept)} of {len(prompts)} prompts, longer than {limit} tokens"
             )
         return kept
 
