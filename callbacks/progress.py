@@ -22,12 +22,25 @@ class PhaseProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.bar: tqdm[Any] | None = None
+        self.hidden = False  # Lightning hides all but the first process's
         self.explained = False
 
+    def disable(self) -> None:
+        self.hidden = True
+
+    def enable(self) -> None:
+        self.hidden = False
+
+    @property
+    def is_enabled(self) -> bool:
+        """What ``LightningModule.print`` asks."""
+        return not self.hidden
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        hidden = not self.is_enabled or not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=trainer.current_epoch, unit="phase", dynamic_ncols=True, disable=hidden)
+        hidden = self.hidden or not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=trainer.max_epochs, initial=trainer.current_epoch, unit="phase", dynamic_ncols=True, disable=hidden
+        )
         self.first, self.started = trainer.current_epoch, time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -37,71 +50,59 @@ class PhaseProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.phase_seconds = time.perf_counter() - self.phase_started  # validation, which may follow, left out
         self.describe(f"training {batch_idx + 1}/{trainer.num_training_batches}")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.describe("validating")
 
     def describe(self, what: str) -> None:
+        """Say in front of the bar what is going on."""
         if self.bar is not None:
             self.bar.set_description(what)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        assert self.bar is not None
-        self.bar.set_postfix_str(", ".join(self.facts(metrics)), refresh=False)
-        self.bar.update()
-        if not self.is_enabled:
+        if self.bar is None or self.hidden:
             return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        facts = ", ".join(self.facts(metrics, trainer.world_size))
+        self.bar.set_postfix_str(facts, refresh=False)
+        self.bar.update()
         if self.bar.disable:
-            self.print_line(trainer, metrics)
-        if (
-            not self.explained
-            and metrics.get("train/loss") is not None
-            and isinstance(data := trainer.datamodule, RolloutData)
-        ):
+            self.print_line(trainer.current_epoch + 1, trainer.max_epochs, facts)
+        data = trainer.datamodule
+        if not self.explained and isinstance(data, RolloutData) and data.updates_per_phase == 1:
             self.explained = True
-            if data.updates_per_phase == 1 and abs(metrics["train/loss"]) < 1e-6:
-                self.bar.write(
-                    "loss 0.000 is right: with one update per phase the surrogate is 0 by construction, its gradient is"
-                    f" not ({metrics['train/informative_share']:.0%} of groups informative, grad norm"
-                    f" {metrics['train/grad_norm']:.3g})"
-                )
+            self.explain(metrics)
 
-    def facts(self, metrics: dict[str, float]) -> list[str]:
+    def facts(self, metrics: dict[str, float], world_size: int) -> list[str]:
         """What to say of a phase, in words."""
         facts = []
         if "train/reward" in metrics:
-            tokens_per_second = metrics["train/tokens"] / (time.perf_counter() - self.phase_started)
+            speed = metrics["train/tokens"] * world_size / self.phase_seconds
             facts += [f"reward {metrics['train/reward']:.3f}", f"informative {metrics['train/informative_share']:.0%}"]
-            facts += [f"{tokens_per_second:,.0f} tok/s"]
-        facts += [f"loss {metrics['train/loss']:.3f}"] if "train/loss" in metrics else []
+            facts += [f"{speed:,.0f} tok/s"]
+        facts += [f"loss {metrics['train/loss']:.3f}"]
         return facts + [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("val/mean_at")]
 
-    def print_line(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+    def print_line(self, done: int, total: int, facts: str) -> None:
+        """One of the lines that stand for the bar where there is no terminal."""
         if done % max(1, total // 20) and done not in (self.first + 1, total):
             return
         left = (time.perf_counter() - self.started) / (done - self.first) * (total - done)
-        print(f"phase {done}/{total}  {', '.join(self.facts(metrics))}, {left:.0f} s left", file=sys.stderr, flush=True)
+        print(f"phase {done}/{total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def explain(self, metrics: dict[str, float]) -> None:
+        """Say once, after the first phase, why the loss reads 0."""
+        if abs(metrics["train/loss"]) < 1e-6:
+            tqdm.write(
+                "one update per phase: the surrogate is 0 by construction, its gradient is not;"
+                f" {metrics['train/informative_share']:.0%} of groups informative, grad norm"
+                f" {metrics['train/grad_norm']:.3g}",
+                file=sys.stderr,
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-    def disable(self) -> None:
-        self.hidden = True
-
-    def enable(self) -> None:
-        self.hidden = False
-
-    hidden = False
-
-    @property
-    def is_enabled(self) -> bool:
-        return not self.hidden
-
-    @property
-    def is_disabled(self) -> bool:
-        return self.hidden

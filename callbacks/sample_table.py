@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from lit_grpo.data import PromptData, RolloutData, Sample
 
@@ -45,8 +45,14 @@ class SampleTable(L.Callback):
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.write(trainer, trainer.datamodule.samples, "predict")
 
-    @rank_zero_only
     def write(self, trainer: L.Trainer, samples: list[Sample], name: str) -> None:
+        """Write the samples of all processes; all must take part."""
+        if trainer.world_size > 1:
+            parts: list[list[Sample]] = [[]] * trainer.world_size
+            torch.distributed.all_gather_object(parts, samples)
+            samples = [sample for part in parts for sample in part]
+        if not trainer.is_global_zero:
+            return
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:

@@ -30,7 +30,9 @@ def make_task(folder: Path, seed: int) -> None:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", *SYMBOLS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))

@@ -343,3 +343,23 @@ def test_print_config_shows_short_names_as_what_they_are(fit: list[str], capsys:
         main([*fit, "--print_config"])
     assert stop.value.code == 0
     assert "class_path: lit_grpo.TwoGRPO" in capsys.readouterr().out
+
+
+def test_two_processes_do_what_one_does(fit: list[str], val: str, tmp_path: Path):
+    """The whole command under DDP: the same rewards and scores, and the samples of both processes."""
+    script = str(Path(sys.executable).parent / "lit-grpo")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    for devices in (1, 2):
+        options = [f"--run_dir={tmp_path / str(devices)}", f"--trainer.devices={devices}", "--trainer.max_epochs=2"]
+        command = [script, *fit, val, *options, "--trainer.strategy=ddp", "--trainer.accumulate_grad_batches=2"]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert run.returncode == 0, run.stderr
+    one, two = rows_of(tmp_path / "1"), rows_of(tmp_path / "2")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        for name in ("train/reward", "train/informative_share", "train/rollouts", "train/grad_norm", "val/mean_at_4"):
+            assert float(a.get(name) or 0) == pytest.approx(float(b.get(name) or 0), rel=1e-4), name
+    names = ["train-00000.jsonl", "val-00002.jsonl"]
+    for name in names:
+        lines = [sorted((tmp_path / d / "samples" / name).read_text().splitlines()) for d in ("1", "2")]
+        assert lines[0] == lines[1]

@@ -12,7 +12,6 @@ from lit_grpo.data.base import NOTHING_SAMPLED, PromptData, RewardFn
 from lit_grpo.data.collate import collate, micro_batches, select_rows
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
-from lit_grpo.data.types import Batch
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
 from lit_grpo.rewards import math_reward
@@ -60,20 +59,15 @@ class RolloutData(PromptData):
         for key, value in sizes.items():
             if value < 1:
                 raise UserError(f"data.init_args.{key}: expected a whole number >= 1, got {value}.")
-        self.sources["train"] = train
-        self.prompts_per_phase, self.group_size, self.updates_per_phase = (
-            prompts_per_phase,
-            group_size,
-            updates_per_phase,
-        )
+        self.train, self.prompts_per_phase = train, prompts_per_phase
+        self.group_size, self.updates_per_phase = group_size, updates_per_phase
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and (source := self.sources["train"]) is not None:
+        if stage == "fit":
             self.check_sizes()
-            self.prompts["train"] = self.load_prompts(source, "data.init_args.train")
-            self.loaders["train"] = FilledLoader(
-                self.updates_per_phase * self.trainer.accumulate_grad_batches, NOTHING_SAMPLED
-            )
+            self.prompts["train"] = self.load_prompts(self.train, "data.init_args.train")
+            batches = self.updates_per_phase * self.trainer.accumulate_grad_batches
+            self.loaders["train"] = FilledLoader(batches, NOTHING_SAMPLED)
         super().setup(stage)
 
     def check_sizes(self) -> None:
@@ -118,7 +112,7 @@ class RolloutData(PromptData):
             What happened, for the log: mean reward, share of informative groups, lengths, seconds, ...
         """
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        loss = self.trainer.lightning_module.loss
+        loss, accumulate = self.trainer.lightning_module.loss, self.trainer.accumulate_grad_batches
         prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
         groups, stats = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
 
@@ -128,18 +122,14 @@ class RolloutData(PromptData):
         tokens = torch.tensor([sum(len(row.completion.token_ids) for row in update) for update in updates])
         strategy = self.trainer.strategy
         total_tokens = strategy.reduce(tokens.to(strategy.root_device), reduce_op="sum").tolist()
-        batches: list[Batch] = []
-        trained = 0
-        for u, update in enumerate(updates):
-            parts = micro_batches(update, self.trainer.accumulate_grad_batches, loss.unit, loss.drops_zero_advantages)
-            for part in parts:
-                batches.append(
-                    collate(
-                        part, per_update * world, total_tokens[u], on_policy=u == 0, temperature=sampling.temperature
-                    )
-                )
-                trained += len(part)
-        self.loaders["train"].fill(batches)
+        parts = [
+            (u, part)
+            for u, update in enumerate(updates)
+            for part in micro_batches(update, accumulate, loss.unit, loss.drops_zero_advantages)
+        ]
+        self.loaders["train"].fill(
+            [collate(part, per_update * world, total_tokens[u], u == 0, sampling.temperature) for u, part in parts]
+        )
 
         rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
         informative = torch.tensor([row.advantage != 0 for row in rows]).view(len(groups), -1).any(-1)
@@ -147,7 +137,7 @@ class RolloutData(PromptData):
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(-1, correction=0).mean().item(),
             "informative_share": informative.double().mean().item(),
-            "trained_share": trained / len(rows),
+            "trained_share": sum(len(part) for _, part in parts) / len(rows),
             "completion_tokens": stats["tokens"] / len(self.samples),
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),
         }
