@@ -153,6 +153,7 @@ def keep_quiet() -> None:
         "Total length of `list` across ranks is zero",  # a run without held-out prompts
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "Experiment logs directory .* exists and is not empty",  # an old metrics.csv was put aside
+        "`torch.distributed.reduce_op` is deprecated",  # vLLM's
         "It is recommended to use `self.log",  # vLLM makes a process group of one, which Lightning takes for many
         "LightningCLI's args parameter is intended to run from within Python",
     ):
