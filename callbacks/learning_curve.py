@@ -54,6 +54,7 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
             points = [(row.get(f"val/{key}", 0.0), row[name]) for row in rows if name in row]
             axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=f"held out, {name[4:].replace('_at_', '@')}")
         axis.set(xlabel=key, ylim=(0, 1.02) if all(0 <= row["train/reward"] <= 1 for row in train) else None)
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3)
     axes[0].legend(loc="best")
     figure.savefig(path, dpi=120)

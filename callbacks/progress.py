@@ -62,9 +62,10 @@ class PhaseProgress(ProgressBar):
             self.bar.set_description(what)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # All processes ask: the values are reduced over them at the first look.
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.bar is None or self.hidden:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         facts = ", ".join(self.facts(metrics, trainer.world_size))
         self.bar.set_postfix_str(facts, refresh=False)
         self.bar.update()
