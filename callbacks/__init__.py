@@ -1,4 +1,4 @@
-"""What plugs into a Trainer. This is a top-level package of its own beside ``lit_grpo``, which never imports it.
+"""What plugs into a Trainer: a top-level package of its own, which only the command line of ``lit_grpo`` imports.
 
 ``lit_grpo`` is the library: models, losses, data, engines. What stands here decides *when* they act in a run.
 """

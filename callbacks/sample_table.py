@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_grpo.data import PromptData, RolloutData, Sample
+from lit_grpo.errors import UserError
 
 
 class SampleTable(L.Callback):
@@ -23,6 +24,8 @@ class SampleTable(L.Callback):
     """
 
     def __init__(self, every_n_phases: int = 10, num_samples: int = 16) -> None:
+        if every_n_phases < 1:
+            raise UserError(f"samples.every_n_phases: expected a whole number >= 1, got {every_n_phases}.")
         self.every_n_phases, self.num_samples = every_n_phases, num_samples
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

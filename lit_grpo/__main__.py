@@ -1,8 +1,10 @@
-"""The command ``lit-grpo``. Nothing is imported at the top, because worker processes import this module again."""
+"""The command ``lit-grpo``. Nothing heavy is imported at the top: worker processes import this module again."""
 
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 HELP = """usage: lit-grpo {fit,validate,test,predict} [-c CONFIG ...] [--KEY VALUE ...]
 
@@ -31,19 +33,18 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):  # building the real parser imports torch, which takes ten seconds
         print(HELP)
         return
-    from lit_grpo.cli import run
-    from lit_grpo.errors import UserError
+    from lit_grpo.errors import UserError, mistakes_end_with_a_message
 
-    try:
+    with mistakes_end_with_a_message("lit-grpo"):
+        found = find_spec("callbacks")
+        if found is None or found.origin is None or not Path(found.origin).with_name("rollout.py").exists():
+            raise UserError(
+                f"The package `callbacks` of lit_grpo is shadowed by {found and found.origin}. Start with the command"
+                " `lit-grpo`, which looks into the current folder last."
+            )
+        from lit_grpo.cli import run
+
         run(args)
-    except Exception as error:
-        cause: BaseException | None = error  # the parser wraps what constructors raise
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        print(f"lit-grpo: error: {cause}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -13,11 +14,10 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-import callbacks
 from callbacks import (  # noqa: F401
     HFRollout,
     LearningCurve,
@@ -50,7 +50,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             trainer_defaults={
                 "num_sanity_val_steps": -1,  # validates the untrained policy: the first point of the curve
                 "check_val_every_n_epoch": 10,
@@ -92,41 +92,71 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Prepare the run folder, before anything costs time."""
         config = self.config[self.subcommand]
+        if isinstance(config.seed_everything, bool) or config.seed_everything < 0:
+            raise UserError(f"seed_everything: expected a whole number >= 0, got {config.seed_everything}.")
+        ckpt_path = config.get("ckpt_path")
+        if ckpt_path is not None and not Path(ckpt_path).exists():
+            raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")
         self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         if rank_zero_only.rank == 0:
-            prepare_run_dir(self.run_dir, resume=config.get("ckpt_path") is not None)
+            prepare_run_dir(self.run_dir, ckpt_path if self.subcommand == "fit" else None)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         config["default_root_dir"] = str(self.run_dir)
         if config["logger"] is None:
             where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
             config["logger"] = [TensorBoardLogger(**where), CSVLogger(**where, flush_logs_every_n_steps=1)]
-        return super()._instantiate_trainer(config, [PhaseProgress(), *callbacks, SavePretrained(), LearningCurve()])
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        if config["enable_progress_bar"] is not False:
+            callbacks = [PhaseProgress(), *callbacks]
+        try:
+            return super()._instantiate_trainer(config, [*callbacks, SavePretrained(), LearningCurve()])
+        except ValueError as error:
+            raise UserError(f"trainer: {error}") from error
 
 
-def prepare_run_dir(folder: Path, resume: bool) -> None:
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` without the checkpoint that a resumed run began with, so that the file repeats the run."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.config: Any = self.config.clone()
+        self.config.ckpt_path = None
+        super().setup(trainer, pl_module, stage)
+
+
+RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained")
+
+
+def prepare_run_dir(folder: Path, ckpt_path: str | Path | None) -> None:
     """Make the folder and be sure that it can be written.
 
     Args:
         folder: of the run.
-        resume: whether a checkpoint is loaded. The folder may then hold the run that made it, whose ``metrics.csv`` is
-            put aside, because the CSV logger begins a new one.
+        ckpt_path: checkpoint with which training goes on. If it lies in the folder, the run there is resumed: its
+            ``config.yaml`` and ``metrics.csv`` are put aside under a number.
 
     Raises:
         UserError: if it holds another run, or cannot be written.
     """
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    present = [name for name in RUN_FILES if (folder / name).exists()]
+    resumed = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
+    if present and not resumed:
+        last = folder / "checkpoints" / "last.ckpt"
+        go_on = f", or go on where it stopped with `lit-grpo fit ... --ckpt_path {last}`" if last.exists() else ""
         raise UserError(
-            f"run_dir: {str(folder)!r} is not empty, and nothing in it will be overwritten. Choose another folder,"
-            f" remove this one, or go on where it stopped with --ckpt_path {folder}/checkpoints/last.ckpt."
+            f"run_dir: {str(folder)!r} is not empty: it holds a run ({', '.join(present)}), and nothing of it will be"
+            f" overwritten. Choose another folder, or remove this one{go_on}."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
         probe.touch()
         probe.unlink()
-        if (metrics := folder / "metrics.csv").exists():
-            metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))):03d}.csv")
+        number = next(i for i in itertools.count() if not any(folder.glob(f"*-{i:03d}.*")))
+        for name in {"config.yaml", "metrics.csv"} & set(present):
+            path = folder / name
+            path.rename(path.with_stem(f"{path.stem}-{number:03d}"))
     except OSError as error:
         raise UserError(
             f"run_dir: cannot write to {str(folder)!r}: {error.strerror}. Choose another folder."
@@ -135,11 +165,6 @@ def prepare_run_dir(folder: Path, resume: bool) -> None:
 
 def run(args: list[str]) -> CLI:
     """Run one command line and return what it built."""
-    if not hasattr(callbacks, "Rollout"):
-        raise UserError(
-            f"The package `callbacks` of lit_grpo is shadowed by {callbacks.__file__}. Start with the command"
-            " `lit-grpo`, which does not look into the current folder."
-        )
     keep_quiet()
     sys.path.append(os.getcwd())  # losses and rewards of the user's own; last, so that it shadows nothing
     return CLI(args)

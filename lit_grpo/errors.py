@@ -1,5 +1,11 @@
 """The one exception that means "the user can fix this"."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake in the configuration, the data or the user's own code.
@@ -7,3 +13,23 @@ class UserError(Exception):
     Its message names the YAML key, what came, what was expected and how to fix it. The command line prints the message
     without a traceback; every other exception is a bug of this project and keeps its traceback.
     """
+
+
+@contextmanager
+def mistakes_end_with_a_message(program: str) -> Iterator[None]:
+    """End the program with one line and exit code 2 on a mistake of the user."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error  # the parser wraps what constructors raise
+        while cause is not None and not is_mistake(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        print(f"{program}: error: {cause}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Ours, or what Lightning raises for settings of the trainer that do not go together."""
+    return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"

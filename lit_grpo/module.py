@@ -8,10 +8,11 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lit_grpo.data.types import Batch
 from lit_grpo.errors import UserError
-from lit_grpo.losses.base import Loss, LossInputs
+from lit_grpo.losses.base import Loss, LossInputs, LossOutput
 from lit_grpo.metrics import MeanAtK, PassAtK
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
 
@@ -28,7 +29,7 @@ class PolicyModule(L.LightningModule):
         correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
             this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.02 is
-            normal in bfloat16, 1e-5 in float32.
+            normal in bfloat16, 1e-5 in float32. If not given, 0.001 in float32 on a CPU, else 0.1.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PolicyModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
         correct_at: float = 1.0,
-        max_mismatch: float = 0.1,
+        max_mismatch: float | None = None,
     ) -> None:
         super().__init__()
         self.model_name, self.loss = model, loss
@@ -60,9 +61,23 @@ class PolicyModule(L.LightningModule):
         """Longest sequence the model was made for, in tokens."""
         return int(getattr(self.config, "max_position_embeddings", 2**31))
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have an embedding."""
+        return int(self.config.vocab_size)
+
     def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise UserError(
+                f"trainer.precision: {self.trainer.precision} would round every update of the weights, most of them to"
+                f" nothing. Use {self.trainer.precision.replace('true', 'mixed')}."
+            )
+        if self.max_mismatch is None:
+            exact = self.trainer.precision == "32-true" and self.trainer.strategy.root_device.type == "cpu"
+            self.max_mismatch = 1e-3 if exact else 0.1
         n = getattr(self.trainer.datamodule, "samples_per_prompt", 1)
         self.samples_per_prompt = n
+        self.mean_reward = MeanMetric()
         self.mean_at_k, self.pass_at_k = (
             MeanAtK(),
             PassAtK(k=[2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]),
@@ -77,7 +92,10 @@ class PolicyModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        optimizer = self.make_optimizer(self.policy.parameters())
+        try:
+            optimizer = self.make_optimizer(self.policy.parameters())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer: {error}.") from error
         if self.make_scheduler is None:
             return optimizer
         return {
@@ -106,6 +124,10 @@ class PolicyModule(L.LightningModule):
                 total_tokens=batch.total_tokens,
             )
         )
+        if not isinstance(output, LossOutput):
+            raise UserError(
+                f"model.loss: {type(self.loss).__name__}.forward returned {type(output).__name__}, expected LossOutput."
+            )
         accumulate = self.trainer.accumulate_grad_batches
         updates = self.trainer.num_training_batches / accumulate
         for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
@@ -125,7 +147,12 @@ class PolicyModule(L.LightningModule):
     def check_mismatch(self, mismatch: Tensor) -> None:
         """Log how far sampler and trainer are apart, and stop where the engine cannot have run this policy."""
         self.log("train/sampler_mismatch", mismatch, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-        if not mismatch <= self.max_mismatch:
+        if mismatch.isnan():
+            raise UserError(
+                "The policy's log-probs are NaN: its weights were ruined by an earlier update. Lower the learning rate."
+            )
+        assert self.max_mismatch is not None
+        if mismatch > self.max_mismatch:
             raise UserError(
                 f"The engine does not run the current policy: the log-probs of the tokens it sampled differ from the"
                 f" trainer's by {mismatch.item():.3g} on average, more than model.max_mismatch {self.max_mismatch}. See"
@@ -139,6 +166,7 @@ class PolicyModule(L.LightningModule):
 
     def score(self, rewards: Tensor) -> None:
         """Count one batch of held-out prompts, ``[P, n]`` rewards."""
+        self.mean_reward.update(rewards)
         correct = (rewards >= self.correct_at).sum(-1)
         samples = torch.full_like(correct, rewards.shape[1])
         self.mean_at_k.update(correct, samples)
@@ -146,9 +174,11 @@ class PolicyModule(L.LightningModule):
 
     def log_scores(self, prefix: str) -> None:
         """Log Mean@n and Pass@k over all ranks, and start afresh."""
-        scores = {f"{prefix}/mean_at_{self.samples_per_prompt}": self.mean_at_k.compute()}
+        scores = {f"{prefix}/reward": self.mean_reward.compute()}
+        scores |= {f"{prefix}/mean_at_{self.samples_per_prompt}": self.mean_at_k.compute()}
         scores |= {f"{prefix}/pass_at_{k}": value for k, value in self.pass_at_k.compute().items()}
         self.log_dict(scores)
+        self.mean_reward.reset()
         self.mean_at_k.reset()
         self.pass_at_k.reset()
 

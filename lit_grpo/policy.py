@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -53,7 +54,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
             setattr(config, name, 0.0)
     try:
         lm = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.model: cannot load the weights of {model!r}: {error}") from error
     for module in lm.modules():
         if isinstance(module, nn.Dropout):

@@ -9,13 +9,18 @@ sharpens it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import random
+import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from lit_grpo.errors import mistakes_end_with_a_message
 
 SYMBOLS = "0123456789+=-*"
 RIGHT_SHARE = 0.3
@@ -38,9 +43,9 @@ def make_task(folder: Path, seed: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
-        folder / "model"
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder / "model")
 
     set_seed(seed)
     config = Qwen2Config(
@@ -89,6 +94,8 @@ def warm_start(folder: Path, seed: int) -> float:
         return float(json.loads(record.read_text())["seconds"])
     from lit_grpo.cli import run
 
+    if folder.exists():
+        shutil.rmtree(folder)  # it was stopped half-way
     print(f"Stage 1 of 2: a new model learns addition, then from demonstrations of which {RIGHT_SHARE:.0%} are right.")
     start = time.perf_counter()
     make_task(folder, seed)
@@ -138,6 +145,14 @@ def summarise(run_dir: Path, engine: str, seconds_warm_start: float, seconds_rl:
     return summary
 
 
+def check(extra: list[str]) -> None:
+    """Let the second stage's parser read its arguments before the first stage takes its time."""
+    from lit_grpo.cli import run
+
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        run(["fit", f"--config={CONFIGS / 'quickstart.yaml'}", *extra, "--print_config"])
+
+
 def next_run_dir(folder: Path) -> Path:
     """``rl-001`` in the folder, or the first number that is free."""
     return next(path for i in range(1, 1000) if not (path := folder / f"rl-{i:03d}").exists())
@@ -151,11 +166,18 @@ def main() -> None:
     if not CONFIGS.is_dir():
         sys.exit(f"quickstart: error: no folder configs/ here ({Path.cwd()}). Run it from the root of the repository.")
 
-    task = arguments.folder / f"task-seed{arguments.seed}"
-    run_dir = next_run_dir(arguments.folder)
-    seconds_warm_start = warm_start(task, arguments.seed)
+    with mistakes_end_with_a_message("quickstart"):
+        go(arguments.folder, arguments.seed, extra)
+
+
+def go(folder: Path, seed: int, extra: list[str]) -> None:
+    """Both stages, the summary, and where to look next."""
+    check(extra)
+    task = folder / f"task-seed{seed}"
+    run_dir = next_run_dir(folder)
+    seconds_warm_start = warm_start(task, seed)
     start = time.perf_counter()
-    cli = train(task, run_dir, arguments.seed, extra)
+    cli = train(task, run_dir, seed, extra)
     engine = cli.config.fit.rollout.class_path.rsplit(".", 1)[-1]
     summary = summarise(run_dir, engine, seconds_warm_start, time.perf_counter() - start)
 

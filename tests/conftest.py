@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's task: ``model/``, ``train.jsonl``, ``val.jsonl``, ``demonstrations.jsonl``."""
+    """The quickstart's task: ``model/``, ``train.jsonl``, ``val.jsonl``, ``right.jsonl``, ``unreliable.jsonl``."""
     folder = tmp_path_factory.mktemp("task")
     make_task(folder, seed=0)
     return folder
@@ -38,7 +38,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(task: Path) -> str:
-    """A folder with a random Qwen2 of 0.8 M parameters (tied head) and its tokenizer."""
+    """A folder with a random Qwen2 of 0.5 M parameters (tied head) and its tokenizer."""
     return str(task / "model")
 
 

@@ -48,6 +48,14 @@ def even(samples: list[Sample]) -> list[float]:
     return [float(s.completion[:1] in set("02468")) for s in samples]
 
 
+def half(samples: list[Sample]) -> list[float]:
+    return [0.5 for _ in samples]
+
+
+def huge(samples: list[Sample]) -> list[float]:
+    return [10**400 for _ in samples]
+
+
 def raises(samples: list[Sample]) -> list[float]:
     return [1 / 0 for _ in samples]
 
@@ -136,7 +144,7 @@ class TestFit:
         with pytest.raises(SystemExit):
             main(["fit", f"--config={run / 'config.yaml'}", f"--run_dir={run}"])
         said = capsys.readouterr().err
-        assert "is not empty, and nothing in it will be overwritten" in said
+        assert "is not empty: it holds a run (config.yaml, metrics.csv, samples, checkpoints, pretrained)" in said
         assert "--ckpt_path" in said
 
     def test_resuming_keeps_the_log_and_equals_one_run(self, run: Path, tmp_path: Path):
@@ -165,6 +173,27 @@ class TestFit:
         )
         assert (type(cli.model.loss).__name__, cli.model.loss.clip_high) == ("GRPO", 0.28)
 
+    def test_a_checkpoint_from_elsewhere_does_not_open_a_finished_run(
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "config.yaml").write_text("precious")
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        for command, folder in (("fit", tmp_path / "other"), ("validate", run)):
+            with pytest.raises(SystemExit):
+                main([command, f"--config={run / 'config.yaml'}", f"--run_dir={folder}", f"--ckpt_path={checkpoint}"])
+            assert "it holds a run" in capsys.readouterr().err
+        assert (tmp_path / "other" / "config.yaml").read_text() == "precious"
+
+    def test_config_of_a_resumed_run_repeats_it_from_the_start(self, run: Path, tmp_path: Path):
+        config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--data.prompts_per_phase=2"]
+        main(["fit", *config, "--trainer.max_epochs=1", "--checkpoint.every_n_epochs=1"])
+        main(
+            ["fit", *config, "--trainer.max_epochs=2", f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]
+        )
+        assert "ckpt_path: null" in (tmp_path / "run" / "config.yaml").read_text()
+        assert (tmp_path / "run" / "config-000.yaml").exists()
+
     @pytest.mark.parametrize("command", ["validate", "test"])
     def test_validate_and_test_from_the_saved_folder(self, run: Path, tmp_path: Path, command: str):
         main(
@@ -177,7 +206,11 @@ class TestFit:
         )
         prefix = {"validate": "val"}.get(command, command)
         after = [row for row in rows_of(run) if row.get("val/mean_at_4")][-1]["val/mean_at_4"]
-        assert float(rows_of(tmp_path / "run")[-1][f"{prefix}/mean_at_4"]) == pytest.approx(float(after), abs=0.2)
+        assert (
+            float(rows_of(tmp_path / "run")[-1][f"{prefix}/mean_at_4"]) == float(after)
+            if command == "validate"
+            else pytest.approx(float(after), abs=0.2)
+        )
 
     def test_predict_writes_completions_of_prompts_without_answers(self, run: Path, tmp_path: Path):
         (tmp_path / "questions.csv").write_text("question\n1+2=\n3+4=\n")
@@ -229,7 +262,7 @@ MISTAKES = {
     "template without prompt": (["--data.template=hello"], r"data.init_args.template: .*\{prompt\}.*'hello'"),
     "prompt beyond the context": (
         ["--rollout.max_tokens=60"],
-        r"prompt \d+ has 6 tokens.*max_tokens 60 .*context of 64.*at most 4",
+        r"rollout.init_args.max_tokens: 60 tokens .* the 6 of the longest prompt .*context of 64",
     ),
     "all prompts too long": (["--data.max_prompt_tokens=2"], r"data.init_args.max_prompt_tokens: all 7844 prompts"),
     "prompts do not divide": (
@@ -260,6 +293,15 @@ MISTAKES = {
         ["--data.reward=test_cli.returns_too_few"],
         r"reward: returns_too_few returned 1 values for 2 samples",
     ),
+    "reward is huge": (["--data.reward=test_cli.huge"], r"reward: huge returned 1000.*; expected a finite number"),
+    "negative seed": (["--seed_everything=-1"], r"seed_everything: expected a whole number >= 0, got -1"),
+    "seed true": (["--seed_everything=true"], r"seed_everything: expected a whole number >= 0, got True"),
+    "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], r"ckpt_path: no checkpoint 'nowhere.ckpt'"),
+    "no such strategy": (["--trainer.strategy=fdsp"], r"trainer: .*fdsp"),
+    "no such device": (["--trainer.accelerator=tpu"], r"(?i)tpu"),
+    "batch of zero": (["--rollout.max_batch_size=0"], r"rollout.init_args.max_batch_size: .* got 0"),
+    "table every zero phases": (["--samples.every_n_phases=0"], r"samples.every_n_phases: .* got 0"),
+    "bf16-true": (["--trainer.precision=bf16-true"], r"trainer.precision: bf16-true .* Use bf16-mixed"),
     "reward is text": (
         ["--data.reward=test_cli.returns_text"],
         r"reward: returns_text returned 'good'; expected a finite number",
@@ -302,6 +344,76 @@ def test_mistakes_end_with_one_message_before_any_weights_are_loaded(
     assert stop.value.code == 2
     assert "Traceback" not in said
     assert re.search(message, said, re.DOTALL), said
+
+
+def test_a_mistake_does_not_bar_the_folder_to_the_corrected_command(fit: list[str], val: str, tmp_path: Path):
+    with pytest.raises(SystemExit):
+        main([*fit, val, "--data.train.answer=gold"])
+    main([*fit, val, "--trainer.max_epochs=1"])
+    assert (tmp_path / "run" / "pretrained").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("test", ["--data.test.path=nowhere.jsonl"], "data.init_args.test.path: no file"),
+        ("test", ["--data.val=null"], "data.init_args.test: `lit-grpo test` needs prompts"),
+        ("validate", ["--data.val=null"], "data.init_args.val: `lit-grpo validate` needs prompts"),
+        ("predict", ["--data.predict.path=nowhere.jsonl"], "data.init_args.predict.path: no file"),
+    ],
+)
+def test_mistakes_of_the_other_commands_name_their_keys(
+    fit: list[str], val: str, command: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main([command, *fit[1:], val, *options])
+    assert message in capsys.readouterr().err
+
+
+def test_a_user_may_switch_our_callbacks_off(fit: list[str], val: str, tmp_path: Path):
+    main(
+        [
+            *fit,
+            val,
+            "--trainer.max_epochs=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_checkpointing=false",
+        ]
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_progress_says_what_a_person_wants_to_know(fit: list[str], val: str, capsys: pytest.CaptureFixture[str]):
+    main([*fit, val, "--trainer.max_epochs=2"])
+    said = capsys.readouterr().err
+    assert re.search(
+        r"phase 2/2  reward 0\.\d+, informative \d+%, [\d,]+ tok/s, loss -?0\.000, .*mean_at_4 0\.\d+, 0 s left", said
+    )
+    assert re.search(
+        r"one update per phase: the surrogate is 0 by construction, .* \d+% of groups informative, grad norm \d", said
+    )
+
+
+def test_sampling_of_rollouts_and_of_validation_are_what_was_asked_for(fit: list[str], val: str, tmp_path: Path):
+    """The trainer follows the rollouts' temperature, and validation has its own sampling: greedy samples are all alike."""
+    options = [
+        "--rollout.temperature=0.7",
+        "--rollout.evaluation={max_tokens: 3, temperature: 0}",
+        "--trainer.max_epochs=2",
+    ]
+    main([*fit, val, *options])
+    phases = [row for row in rows_of(tmp_path / "run") if row.get("train/reward")]
+    assert all(float(row["train/sampler_mismatch"]) < 1e-4 for row in phases)
+    assert all(float(row["train/seconds"]) > 0 for row in phases)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples" / "val-00002.jsonl").read_text().splitlines()]
+    assert len({(s["prompt"], s["completion"]) for s in samples}) == len({s["prompt"] for s in samples}) == 8
+    assert max(s["num_tokens"] for s in samples) == 3
+
+
+def test_what_counts_as_correct_is_the_users_choice(fit: list[str], val: str, tmp_path: Path):
+    main([*fit, val, "--trainer.max_epochs=2", "--data.reward=test_cli.half", "--model.correct_at=0.5"])
+    scores = [row for row in rows_of(tmp_path / "run") if row.get("val/mean_at_4")]
+    assert {(row["val/mean_at_4"], row["val/reward"]) for row in scores} == {("1.0", "0.5")}
 
 
 def test_unwritable_run_folder(fit: list[str], val: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

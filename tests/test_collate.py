@@ -24,13 +24,41 @@ def test_the_example_of_the_data_types_page():
         [Completion([4, 6, 0], [-0.1, -0.2, -0.3]), Completion([4, 0, 0], [-0.4, -0.5, -0.6])],
         [1.0, 0.0],
     )
-    batch = collate(select_rows([group], TwoGRPO().select), total_rows=2, total_tokens=6)
+    batch = collate(select_rows([group], TwoGRPO()), total_rows=2, total_tokens=6)
     assert batch.tokens.tolist() == [[1, 2, 10, 3, 4, 15, 4, 6, 0], [1, 2, 10, 3, 4, 15, 4, 0, 0]]
     assert batch.mask.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]] * 2
     assert batch.advantages.tolist() == [1, -1]
     assert batch.sampler_logps is not None
     torch.testing.assert_close(batch.sampler_logps[batch.mask].tolist(), [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
     assert not batch.sampler_logps[~batch.mask].any()
+
+
+class Wrong(TwoGRPO):
+    """Selects what ``made`` makes of the rewards."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def select(self, rewards):
+        return self.made(rewards)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda r: (torch.zeros(1, 2).long(), r / 0), "advantages that are not finite from the rewards"),
+        (
+            lambda r: (torch.zeros(1, 2).long(), torch.ones(1, 3)),
+            r"index of shape \[1, 2\] and advantages of shape \[1, 3\]",
+        ),
+        (lambda r: (torch.full((1, 2), 2), torch.ones(1, 2)), "outside of groups of 2"),
+    ],
+)
+def test_a_selection_that_is_none_is_refused(made, message: str):
+    group = Group([1], [Completion([1]), Completion([1])], [1.0, 0.0])
+    with pytest.raises(UserError, match=message):
+        select_rows([group], Wrong(made))
 
 
 def test_rows_are_trimmed_to_their_own_longest_and_padded_at_the_right():

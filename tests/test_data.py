@@ -22,7 +22,9 @@ from lit_grpo.policy import load_tokenizer
 def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, accumulate: int = 1) -> Any:
     """Give a data module what it reads of a trainer, as one of ``world`` processes."""
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(loss=loss, tokenizer=load_tokenizer(model), context=64),
+        lightning_module=SimpleNamespace(
+            loss=loss, tokenizer=load_tokenizer(model), context=64, correct_at=1.0, vocab_size=16
+        ),
         global_rank=rank,
         world_size=world,
         accumulate_grad_batches=accumulate,
@@ -85,6 +87,13 @@ class TestPhases:
         assert sum(b.total_tokens for b in batches) == stats["tokens"] == sum(s.num_tokens for s in data.samples)
         assert stats["reward"] == pytest.approx(sum(s.reward for s in data.samples) / 8)
 
+    def test_a_number_of_rows_that_depends_on_rewards_is_refused(self, model: str, few_prompts: str):
+        data = rollout_data(model, few_prompts)
+        loss = data.trainer.lightning_module.loss
+        loss.select = lambda rewards: (torch.zeros(len(rewards), 1).long(), torch.ones(len(rewards), 1))
+        with pytest.raises(UserError, match="chose 4 rows of 4 groups, but 2 of each before"):
+            data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+
     def test_informative_share_counts_groups_with_a_difference(self, model: str, few_prompts: str):
         data = rollout_data(model, few_prompts, prompts_per_phase=8)
         stats = data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
@@ -107,6 +116,14 @@ class TestPrompts:
         prompts = load_prompts(source, "data.train", load_tokenizer(model), "{prompt}", chat_template=False)
         assert [(p.text, p.answer) for p in prompts] == [("1+2=", "3"), ("3+4=", "7")]
         assert prompts[0].token_ids == load_tokenizer(model)("1+2=")["input_ids"]
+
+    def test_cells_of_a_csv_file_stay_as_they_are_written(self, tmp_path: Path, model: str):
+        answers = ["007", "0.10", "1e5", "None"]
+        (tmp_path / "data.csv").write_text("prompt,answer\n" + "".join(f"1,{a}\n" for a in answers))
+        prompts = load_prompts(
+            Source(str(tmp_path / "data.csv")), "data.train", load_tokenizer(model), "{prompt}", False
+        )
+        assert [p.answer for p in prompts] == answers
 
     def test_a_folder_with_a_data_set(self, tmp_path: Path, model: str):
         (tmp_path / "set").mkdir()
@@ -173,7 +190,7 @@ class TestPreferenceData:
         assert not rows(halves[0]) & rows(halves[1])
 
     @pytest.mark.parametrize(
-        ("size", "world", "message"), [(3, 2, "multiple of 2"), (20, 1, "has only 10"), (0, 1, "batch_size: 0")]
+        ("size", "world", "message"), [(3, 2, "multiple of 2"), (20, 1, "only 10 are left"), (0, 1, "batch_size: 0")]
     )
     def test_sizes_that_do_not_fit(self, model: str, demonstrations: str, size: int, world: int, message: str):
         with pytest.raises(UserError, match=message):

@@ -45,7 +45,7 @@ class TestAdvantages:
             torch.testing.assert_close(GRPO(scale=scale).select(rewards)[1], expected, rtol=1e-12, atol=0)
 
     def test_group_of_two_under_every_convention(self):
-        # Claim C3: +-1, +-1/sqrt(2), +-1/2 for rewards 1 and 0.
+        # +-1, +-1/sqrt(2), +-1/2 for rewards 1 and 0: what frameworks differ by.
         rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         for loss, value in (
             (GRPO(), 1),
@@ -74,6 +74,17 @@ class TestAdvantages:
         rewards = torch.rand(100, 2, dtype=torch.float64)
         torch.testing.assert_close(TwoGRPO().select(rewards)[1], GRPO().select(rewards)[1], rtol=1e-9, atol=0)
 
+    @pytest.mark.parametrize("loss", [GRPO(), GRPO(scale="sample")])
+    @pytest.mark.parametrize("size", [1e-200, 1e-5, 1.0, 1e200])
+    def test_rewards_of_any_size_are_told_apart(self, loss: GRPO, size: float):
+        advantages = loss.select(torch.tensor([[0.0, size]], dtype=torch.float64))[1]
+        torch.testing.assert_close(advantages, loss.select(torch.tensor([[0.0, 1.0]], dtype=torch.float64))[1])
+
+    @pytest.mark.parametrize("scale", ["population", "sample", "none"])
+    def test_rounding_is_no_difference(self, scale: str):
+        assert not GRPO(scale=scale).select(torch.tensor([[0.3, 0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64))[1].any()
+        assert not TwoGRPO().select(torch.tensor([[0.3, 0.1 + 0.2]], dtype=torch.float64))[1].any()
+
     def test_tie_tolerance(self):
         rewards = torch.tensor([[0.50, 0.52], [0.50, 0.60]], dtype=torch.float64)
         assert TwoGRPO(tie_tolerance=0.05).select(rewards)[1].tolist() == [[0, 0], [-1, 1]]
@@ -100,13 +111,13 @@ class TestGRPO:
             LossInputs(logps, torch.ones(4, 1).bool(), advantages, torch.zeros(4, 1))
         )
         assert out.loss.item() == pytest.approx(0.13, abs=1e-12)
-        # Claim C20: a clipped token has no gradient, the others have -A r / N.
+        # A clipped token has no gradient, the others have -A r / N.
         gradient = torch.autograd.grad(out.loss, logps)[0].squeeze(-1)
         torch.testing.assert_close(gradient.tolist(), [0.0, 1.5 / 4, -0.5 / 4, 0.0], rtol=1e-12, atol=1e-15)
         assert out.metrics["clip_fraction_high"].item() == out.metrics["clip_fraction_low"].item() == 0.25
 
     def test_on_policy_the_value_is_zero_and_the_gradient_is_not(self):
-        # Claim C19: ratio 1 and centred advantages; d loss / d logp_it = -A_i / (N |o_i|).
+        # Ratio 1 and centred advantages; d loss / d logp_it = -A_i / (N |o_i|).
         x = inputs(rows=2, advantages=torch.tensor([1.0, -1.0], dtype=torch.float64))
         x.logps.requires_grad_()
         out = TwoGRPO()(x)

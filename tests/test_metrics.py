@@ -28,7 +28,7 @@ def test_pass_at_k_is_the_share_of_subsets(n: int):
 
 
 def test_pass_at_k_is_unbiased():
-    # Claim C17: the expectation over Binomial(n, p) is 1 - (1 - p)^k.
+    # The expectation over Binomial(n, p) is 1 - (1 - p)^k.
     n, k = 10, 4
     for p in (0.05, 0.3, 0.9):
         c = torch.arange(n + 1, dtype=torch.float64)

@@ -142,7 +142,7 @@ def test_checkpoint_leaves_the_reference_out_and_loads_again(model: str, few_pro
 
 def test_an_engine_that_does_not_run_the_policy_stops_the_run(model: str, few_prompts: str, tmp_path: Path):
     """The scripted engine makes its log-probs up."""
-    with pytest.raises(UserError, match=r"The engine does not run the current policy.*model.max_mismatch 0.1"):
+    with pytest.raises(UserError, match=r"The engine does not run the current policy.*model.max_mismatch 0.001"):
         fit(PolicyModule(model, TwoGRPO()), few_prompts, tmp_path, ScriptedRollout(max_tokens=6))
 
 
@@ -176,3 +176,54 @@ def test_missing_rollout_callback_is_said(model: str, few_prompts: str, tmp_path
     data = RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
     with pytest.raises(UserError, match="no rollout callback has run"):
         quiet_trainer(tmp_path, max_epochs=1).fit(PolicyModule(model, TwoGRPO()), datamodule=data)
+
+
+def test_fewer_batches_than_a_phase_has_are_refused(model: str, few_prompts: str, tmp_path: Path):
+    data = RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=6)], accumulate_grad_batches=4, limit_train_batches=2
+    )
+    with pytest.raises(UserError, match="a phase has 4 micro-batches, but .* only 2 of them"):
+        trainer.fit(PolicyModule(model, TwoGRPO()), datamodule=data)
+
+
+def test_scheduler_steps_once_per_update(model: str, few_prompts: str, tmp_path: Path):
+    module = PolicyModule(
+        model,
+        GRPO(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
+    )
+    data = RolloutData(
+        Source(few_prompts), reward=even_first_digit, prompts_per_phase=8, group_size=4, updates_per_phase=2
+    )
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[HFRollout(max_tokens=6)], accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=data)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**4
+
+
+def test_grad_norm_is_that_of_the_update(model: str, few_prompts: str, tmp_path: Path):
+    """Plain gradient descent moves the weights by the rate times the gradient."""
+    module = PolicyModule(model, TwoGRPO(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))
+    data = RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=6)], accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=data)
+    start = dict(load_policy(model).named_parameters())
+    moved = torch.cat([(p - start[name]).flatten() for name, p in module.policy.named_parameters()]).norm() / 1e-2
+    assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(moved.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [TwoGRPO(), GRPO(beta=0.01)])
+def test_training_raises_the_reward(model: str, few_prompts: str, tmp_path: Path, loss: GRPO):
+    """From chance, about 0.3, to near certainty, in forty phases."""
+    rewards = []
+
+    class Watch(HFRollout):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            rewards.append(trainer.callback_metrics["train/reward"].item())
+
+    module = PolicyModule(model, loss, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    fit(module, few_prompts, tmp_path, Watch(max_tokens=3), epochs=40, group_size=2 if isinstance(loss, TwoGRPO) else 4)
+    assert sum(rewards[:5]) / 5 < 0.6
+    assert sum(rewards[-5:]) / 5 > 0.9

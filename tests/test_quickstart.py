@@ -72,3 +72,24 @@ def test_outside_the_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("sys.argv", ["quickstart"])
     with pytest.raises(SystemExit, match="Run it from the root of the repository"):
         quickstart.main()
+
+
+def test_a_typo_ends_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["quickstart", f"--folder={tmp_path}", "--rollout=VllmRollout"])
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main()
+    assert stop.value.code == 2
+    assert "VllmRollout" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_warm_start_that_was_stopped_half_way_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(quickstart, "NUM_DEMONSTRATIONS", 128)
+    (tmp_path / "task" / "right").mkdir(parents=True)
+    (tmp_path / "task" / "right" / "config.yaml").write_text("left over")
+    quickstart.warm_start(tmp_path / "task", seed=0)
+    assert (tmp_path / "task" / "unreliable" / "pretrained").is_dir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_grpo.data.loader import FilledLoader
@@ -64,7 +63,9 @@ class PromptData(L.LightningDataModule):
             raise UserError(
                 f"data.init_args.samples_per_prompt: expected a whole number >= 1, got {samples_per_prompt}."
             )
-        self.sources: dict[str, Source | None] = {"val": val, "test": test or val, "predict": predict or test or val}
+        if seed < 0:
+            raise UserError(f"data.init_args.seed: expected a whole number >= 0, got {seed}.")
+        self.sources = {"val": val, "test": test, "predict": predict}
         self.reward, self.samples_per_prompt, self.seed = reward, samples_per_prompt, seed
         self.template, self.chat_template, self.max_prompt_tokens = template, chat_template, max_prompt_tokens
         self.prompts: dict[str, list[Prompt]] = {}
@@ -73,21 +74,27 @@ class PromptData(L.LightningDataModule):
         """The latest samples of this rank, scored."""
 
     def setup(self, stage: str) -> None:
-        for split in {"fit": ["val"], "validate": ["val"]}.get(stage, [stage]):
-            if (source := self.sources[split]) is not None:
-                self.prompts[split] = self.load_prompts(source, f"data.init_args.{split}")
-                self.loaders[split] = FilledLoader(1, NOTHING_SAMPLED)
-            elif stage != "fit":
-                raise UserError(
-                    f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give a path and its columns."
-                )
+        stage = str(getattr(stage, "value", stage))  # Lightning passes an enumeration
+        split = "val" if stage in ("fit", "validate") else stage
+        fallbacks = {"val": ["val"], "test": ["test", "val"], "predict": ["predict", "test", "val"]}[split]
+        key = next((key for key in fallbacks if self.sources[key] is not None), None)
+        if key is not None and (source := self.sources[key]) is not None:
+            self.prompts[split] = self.load_prompts(source, f"data.init_args.{key}")
+            self.loaders[split] = FilledLoader(1, NOTHING_SAMPLED)
+        elif stage != "fit":
+            raise UserError(f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give a path and its columns.")
         if stage != "predict":
             self.check_reward()
 
     def load_prompts(self, source: Source, key: str) -> list[Prompt]:
         """Load, tokenise and filter the prompts of a source."""
-        tokenizer = self.trainer.lightning_module.tokenizer
-        prompts = load_prompts(source, key, tokenizer, self.template, self.chat_template)
+        module = self.trainer.lightning_module
+        prompts = load_prompts(source, key, module.tokenizer, self.template, self.chat_template)
+        if (last := max(max(prompt.token_ids) for prompt in prompts)) >= module.vocab_size:
+            raise UserError(
+                f"model.model: its tokenizer makes the token {last} of {key}, but the model has only"
+                f" {module.vocab_size} tokens. The two do not belong together."
+            )
         limit = self.max_prompt_tokens
         kept = [p for p in prompts if limit is None or len(p.token_ids) <= limit]
         if not kept:
@@ -101,21 +108,42 @@ class PromptData(L.LightningDataModule):
         return kept
 
     def check_reward(self) -> None:
-        """Call the reward once before any model is loaded, so that its mistakes cost nothing."""
+        """Call the reward on two gold answers before any model is loaded, so that its mistakes cost nothing."""
         prompts = next(iter(self.prompts.values()), [])[:2]
-        self.score_samples([Sample(p.text, p.answer, p.answer, num_tokens=1, truncated=False) for p in prompts])
+        samples = [Sample(p.text, p.answer, p.answer, num_tokens=1, truncated=False) for p in prompts]
+        self.score_samples(samples)
+        threshold = self.trainer.lightning_module.correct_at
+        for sample in samples:
+            if sample.reward is not None and sample.reward < threshold:
+                rank_zero_warn(
+                    f"data.init_args.reward: the gold answer {sample.answer!r} itself gets {sample.reward}, below"
+                    f" model.correct_at {threshold}, from which Mean@k and Pass@k count a completion as correct."
+                )
+                break
 
-    def check_lengths(self, max_tokens: int, context: int) -> int:
-        """Refuse prompts which leave no room for a completion; returns the longest prompt and completion, in tokens."""
+    def check_lengths(self, rollout: int, evaluation: int, context: int) -> int:
+        """Refuse prompts which leave no room for a completion.
+
+        Args:
+            rollout: longest completion of the prompts to train on, in tokens.
+            evaluation: longest completion of held-out prompts.
+            context: of the model.
+
+        Returns:
+            The longest prompt and completion together, in tokens.
+        """
         longest = 0
         for split, prompts in self.prompts.items():
-            i, prompt = max(enumerate(prompts), key=lambda item: len(item[1].token_ids))
-            longest = max(longest, len(prompt.token_ids) + max_tokens)
-            if len(prompt.token_ids) + max_tokens > context:
+            prompt = max(prompts, key=lambda prompt: len(prompt.token_ids))
+            trains = split == "train"
+            length = len(prompt.token_ids) + (rollout if trains else evaluation)
+            longest = max(longest, length)
+            if length > context:
+                key = "max_tokens" if trains or rollout == evaluation else "evaluation.max_tokens"
                 raise UserError(
-                    f"data.init_args.{split}: prompt {i} has {len(prompt.token_ids)} tokens, which with"
-                    f" rollout.init_args.max_tokens {max_tokens} is beyond the model's context of {context}. Set"
-                    f" data.init_args.max_prompt_tokens to at most {context - max_tokens}, or lower max_tokens."
+                    f"rollout.init_args.{key}: {length - len(prompt.token_ids)} tokens of completion and the"
+                    f" {len(prompt.token_ids)} of the longest prompt of data.init_args.{split} are beyond the model's"
+                    f" context of {context}. Lower it, or leave long prompts out with data.init_args.max_prompt_tokens."
                 )
         return longest
 
@@ -195,7 +223,7 @@ class PromptData(L.LightningDataModule):
         for sample, reward in zip(samples, rewards, strict=True):
             if isinstance(reward, Tensor | np.generic) and reward.ndim == 0:
                 reward = reward.item()
-            if not isinstance(reward, int | float) or not math.isfinite(reward):
+            if not isinstance(reward, int | float) or not abs(reward) < 1e100:
                 raise UserError(
                     f"data.init_args.reward: {name} returned {reward!r}; expected a finite number. The sample:"
                     f" {sample}."

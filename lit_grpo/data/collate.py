@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lit_grpo.data.types import Batch, Completion, Group
-
-Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+from lit_grpo.errors import UserError
+from lit_grpo.losses.base import Loss
 
 
 @dataclass
@@ -26,10 +25,26 @@ class Row:
         return len(self.prompt_ids) + len(self.completion.token_ids)
 
 
-def select_rows(groups: Sequence[Group], select: Select) -> list[Row]:
-    """Rows of all groups in order, K per group, as ``Loss.select`` chose them."""
+def select_rows(groups: Sequence[Group], loss: Loss) -> list[Row]:
+    """Rows of all groups in order, K per group, as ``loss.select`` chose them.
+
+    Raises:
+        UserError: if what ``select`` returns is no selection of rows with finite advantages.
+    """
     rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    index, advantages = select(rewards)
+    index, advantages = loss.select(rewards)
+    name = type(loss).__name__
+    if index.shape != advantages.shape or index.ndim != 2 or len(index) != len(groups) or index.shape[1] % loss.unit:
+        raise UserError(
+            f"model.loss: {name}.select returned an index of shape {list(index.shape)} and advantages of shape"
+            f" {list(advantages.shape)} for {len(groups)} groups; expected [{len(groups)}, K] both, K a multiple of"
+            f" {loss.unit}."
+        )
+    if index.min() < 0 or index.max() >= rewards.shape[1]:
+        raise UserError(f"model.loss: {name}.select chose completions outside of groups of {rewards.shape[1]}.")
+    if not advantages.isfinite().all():
+        worst = rewards[(~advantages.isfinite()).any(-1)][0].tolist()
+        raise UserError(f"model.loss: {name}.select made advantages that are not finite from the rewards {worst}.")
     return [
         Row(group.prompt_ids, group.completions[i], advantage)
         for group, indices, row_advantages in zip(groups, index.tolist(), advantages.tolist(), strict=True)

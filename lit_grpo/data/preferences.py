@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import PromptData, RewardFn
 from lit_grpo.data.collate import collate, micro_batches, select_rows
@@ -65,24 +67,40 @@ class PreferenceData(PromptData):
 
     def load_groups(self) -> list[Group]:
         """Tokenise prompts and completions apart, so that no token spans both; completions end with the EOS token."""
-        tokenizer, key = self.trainer.lightning_module.tokenizer, "data.init_args.train"
-        prompts = load_prompts(self.train, key, tokenizer, self.template, self.chat_template)
-        completions = [row[self.train.completion] for row in load_rows(self.train, [self.train.completion], key)]
-        encoded = tokenizer(completions, add_special_tokens=False)["input_ids"]
-        context = self.trainer.lightning_module.context
-        for i, (prompt, token_ids) in enumerate(zip(prompts, encoded, strict=True)):
-            if (length := len(prompt.token_ids) + len(token_ids) + 1) > context:
+        module, key = self.trainer.lightning_module, "data.init_args.train"
+        prompts = load_prompts(self.train, key, module.tokenizer, self.template, self.chat_template)
+        rows = load_rows(self.train, [self.train.completion], key)
+        groups = []
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            if self.max_prompt_tokens is not None and len(prompt.token_ids) > self.max_prompt_tokens:
+                continue
+            completion = row[self.train.completion]
+            if not isinstance(completion, str):
+                raise UserError(
+                    f"{key}.completion: row {i} of {self.train.path!r} holds {completion!r} in column"
+                    f" {self.train.completion!r}, expected text."
+                )
+            ids = [*module.tokenizer(completion, add_special_tokens=False)["input_ids"], module.tokenizer.eos_token_id]
+            if (length := len(prompt.token_ids) + len(ids)) > module.context:
                 raise UserError(
                     f"{key}: row {i} of {self.train.path!r} has {length} tokens, beyond the model's context of"
-                    f" {context}. Drop or shorten it."
+                    f" {module.context}. Drop or shorten it."
                 )
-        return [
-            Group(prompt.token_ids, [Completion([*token_ids, tokenizer.eos_token_id])], [1.0])
-            for prompt, token_ids in zip(prompts, encoded, strict=True)
-            if self.max_prompt_tokens is None or len(prompt.token_ids) <= self.max_prompt_tokens
-        ]
+            groups.append(Group(prompt.token_ids, [Completion(ids)], [1.0]))
+        if left_out := len(prompts) - len(groups):
+            limit = self.max_prompt_tokens
+            rank_zero_info(f"{key}: left out {left_out} of {len(prompts)} prompts, longer than {limit} tokens")
+        return groups
 
     def check_sizes(self) -> None:
+        """Refuse sizes that do not come out even, and losses that cannot train on single completions."""
+        loss = self.trainer.lightning_module.loss
+        try:
+            loss.select(torch.ones(1, 1))
+        except UserError as error:
+            raise UserError(
+                f"model.loss: {type(loss).__name__} cannot train on demonstrations, which are groups of one. Use SFT."
+            ) from error
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if self.batch_size < 1 or self.batch_size % world or self.batch_size // world < accumulate:
             raise UserError(
@@ -92,8 +110,8 @@ class PreferenceData(PromptData):
             )
         if len(self.groups) < self.batch_size:
             raise UserError(
-                f"data.init_args.batch_size: {self.batch_size} groups per step, but {self.train.path!r} has only"
-                f" {len(self.groups)}. Lower it."
+                f"data.init_args.batch_size: {self.batch_size} groups per step, but of {self.train.path!r} only"
+                f" {len(self.groups)} are left. Lower it, or raise max_prompt_tokens if it is set."
             )
 
     def train_dataloader(self) -> Any:
@@ -116,7 +134,7 @@ class OfflineLoader:
         order = np.random.default_rng((data.seed, trainer.current_epoch)).permutation(len(data.groups))
         for step in range(self.steps):
             groups = [data.groups[i] for i in order[step * data.batch_size : (step + 1) * data.batch_size]]
-            rows = select_rows(groups, loss.select)
+            rows = select_rows(groups, loss)
             total_tokens = sum(len(row.completion.token_ids) for row in rows)
             per_group = len(rows) // len(groups)
             mine = [

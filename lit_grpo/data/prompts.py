@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
         raise UserError(f"{key}.path: cannot tell the format of {source.path!r}; expected one of {', '.join(FORMATS)}.")
     try:
         if path.is_file():
-            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split)
+            options = csv_as_text(path) if path.suffix == ".csv" else {}
+            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split, **options)
         else:
             data = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the library raises many kinds, from its own to pyarrow's and the network's
@@ -84,11 +86,25 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
     rows = data.select_columns(columns).to_list()
     for i, row in enumerate(rows):
         for column in columns:
+            if not isinstance(row[column], str | int | float | list | None):
+                raise UserError(
+                    f"{key}: row {i} of {source.path!r} holds a {type(row[column]).__name__} in column {column!r},"
+                    " expected text or a number. Store it as text, in a .csv or .parquet file."
+                )
             if row[column] is None or row[column] == "" or row[column] == []:
                 raise UserError(
                     f"{key}: row {i} of {source.path!r} has nothing in column {column!r}. Fill or drop the row."
                 )
     return rows
+
+
+def csv_as_text(path: Path) -> dict[str, Any]:
+    """Options that keep every cell of a CSV file as it is written: 007 is not 7."""
+    from datasets import Features, Value
+
+    with open(path, newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file), [])
+    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
 
 
 def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_template: bool) -> list[Prompt]:

