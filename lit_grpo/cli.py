@@ -89,11 +89,15 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do not let hyper-parameters of a checkpoint replace what the user wrote: ``config.yaml`` is the record."""
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if isinstance(seed, bool) or seed < 0:
+            raise UserError(f"seed_everything: expected a whole number >= 0, got {seed}.")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Prepare the run folder, before anything costs time."""
         config = self.config[self.subcommand]
-        if isinstance(config.seed_everything, bool) or config.seed_everything < 0:
-            raise UserError(f"seed_everything: expected a whole number >= 0, got {config.seed_everything}.")
         ckpt_path = config.get("ckpt_path")
         if ckpt_path is not None and not Path(ckpt_path).exists():
             raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")

@@ -205,12 +205,12 @@ class TestFit:
             ]
         )
         prefix = {"validate": "val"}.get(command, command)
-        after = [row for row in rows_of(run) if row.get("val/mean_at_4")][-1]["val/mean_at_4"]
-        assert (
-            float(rows_of(tmp_path / "run")[-1][f"{prefix}/mean_at_4"]) == float(after)
-            if command == "validate"
-            else pytest.approx(float(after), abs=0.2)
-        )
+        found = float(rows_of(tmp_path / "run")[-1][f"{prefix}/mean_at_4"])
+        after = float([row for row in rows_of(run) if row.get("val/mean_at_4")][-1]["val/mean_at_4"])
+        if command == "validate":  # the same prompts and the same random numbers
+            assert found == after
+        else:  # other random numbers
+            assert abs(found - after) < 0.3
 
     def test_predict_writes_completions_of_prompts_without_answers(self, run: Path, tmp_path: Path):
         (tmp_path / "questions.csv").write_text("question\n1+2=\n3+4=\n")
@@ -298,7 +298,7 @@ MISTAKES = {
     "seed true": (["--seed_everything=true"], r"seed_everything: expected a whole number >= 0, got True"),
     "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], r"ckpt_path: no checkpoint 'nowhere.ckpt'"),
     "no such strategy": (["--trainer.strategy=fdsp"], r"trainer: .*fdsp"),
-    "no such device": (["--trainer.accelerator=tpu"], r"(?i)tpu"),
+    "no device": (["--trainer.devices=0"], r"devices=0"),
     "batch of zero": (["--rollout.max_batch_size=0"], r"rollout.init_args.max_batch_size: .* got 0"),
     "table every zero phases": (["--samples.every_n_phases=0"], r"samples.every_n_phases: .* got 0"),
     "bf16-true": (["--trainer.precision=bf16-true"], r"trainer.precision: bf16-true .* Use bf16-mixed"),

@@ -189,6 +189,10 @@ class TestPreferenceData:
         assert rows(whole) == rows(halves[0]) | rows(halves[1])
         assert not rows(halves[0]) & rows(halves[1])
 
+    def test_a_loss_that_compares_cannot_train_on_them(self, model: str, demonstrations: str):
+        with pytest.raises(UserError, match=r"model.loss: TwoGRPO cannot train on demonstrations"):
+            connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, TwoGRPO())
+
     @pytest.mark.parametrize(
         ("size", "world", "message"), [(3, 2, "multiple of 2"), (20, 1, "only 10 are left"), (0, 1, "batch_size: 0")]
     )
