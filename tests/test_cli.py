@@ -298,7 +298,7 @@ MISTAKES = {
     "seed true": (["--seed_everything=true"], r"seed_everything: expected a whole number >= 0, got True"),
     "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], r"ckpt_path: no checkpoint 'nowhere.ckpt'"),
     "no such strategy": (["--trainer.strategy=fdsp"], r"trainer: .*fdsp"),
-    "no device": (["--trainer.devices=0"], r"devices=0"),
+    "no device": (["--trainer.devices=0"], r"devices='0'"),
     "batch of zero": (["--rollout.max_batch_size=0"], r"rollout.init_args.max_batch_size: .* got 0"),
     "table every zero phases": (["--samples.every_n_phases=0"], r"samples.every_n_phases: .* got 0"),
     "bf16-true": (["--trainer.precision=bf16-true"], r"trainer.precision: bf16-true .* Use bf16-mixed"),
