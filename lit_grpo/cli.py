@@ -98,10 +98,12 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Prepare the run folder, before anything costs time."""
         config = self.config[self.subcommand]
-        ckpt_path = config.get("ckpt_path")
+        self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(self.run_dir / "checkpoints" / "last.ckpt")
+        ckpt_path = config.ckpt_path
         if ckpt_path is not None and not Path(ckpt_path).exists():
             raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")
-        self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         if rank_zero_only.rank == 0:
             prepare_run_dir(self.run_dir, ckpt_path if self.subcommand == "fit" else None)
 
@@ -147,7 +149,7 @@ def prepare_run_dir(folder: Path, ckpt_path: str | Path | None) -> None:
     resumed = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
     if present and not resumed:
         last = folder / "checkpoints" / "last.ckpt"
-        go_on = f", or go on where it stopped with `lit-grpo fit ... --ckpt_path {last}`" if last.exists() else ""
+        go_on = f", or go on where it stopped with --run_dir {folder} --ckpt_path last" if last.exists() else ""
         raise UserError(
             f"run_dir: {str(folder)!r} is not empty: it holds a run ({', '.join(present)}), and nothing of it will be"
             f" overwritten. Choose another folder, or remove this one{go_on}."

@@ -78,10 +78,8 @@ class PolicyModule(L.LightningModule):
         n = getattr(self.trainer.datamodule, "samples_per_prompt", 1)
         self.samples_per_prompt = n
         self.mean_reward = MeanMetric()
-        self.mean_at_k, self.pass_at_k = (
-            MeanAtK(),
-            PassAtK(k=[2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]),
-        )
+        self.mean_at_k = MeanAtK()
+        self.pass_at_k = PassAtK(k=[2**i for i in range(1, n.bit_length()) if 2**i < n] + [n])
 
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning may call this twice

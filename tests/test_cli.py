@@ -189,7 +189,7 @@ class TestFit:
         config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--data.prompts_per_phase=2"]
         main(["fit", *config, "--trainer.max_epochs=1", "--checkpoint.every_n_epochs=1"])
         main(
-            ["fit", *config, "--trainer.max_epochs=2", f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]
+            ["fit", *config, "--trainer.max_epochs=2", "--ckpt_path=last"]
         )
         assert "ckpt_path: null" in (tmp_path / "run" / "config.yaml").read_text()
         assert (tmp_path / "run" / "config-000.yaml").exists()
