@@ -188,9 +188,7 @@ class TestFit:
     def test_config_of_a_resumed_run_repeats_it_from_the_start(self, run: Path, tmp_path: Path):
         config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--data.prompts_per_phase=2"]
         main(["fit", *config, "--trainer.max_epochs=1", "--checkpoint.every_n_epochs=1"])
-        main(
-            ["fit", *config, "--trainer.max_epochs=2", "--ckpt_path=last"]
-        )
+        main(["fit", *config, "--trainer.max_epochs=2", "--ckpt_path=last"])
         assert "ckpt_path: null" in (tmp_path / "run" / "config.yaml").read_text()
         assert (tmp_path / "run" / "config-000.yaml").exists()
 

@@ -32,14 +32,16 @@ class Sampling:
     """Number of likeliest tokens kept; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        for key, ok, expected in (
-            ("max_tokens", self.max_tokens >= 1, "a whole number >= 1"),
-            ("temperature", self.temperature >= 0, "a number >= 0"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "a whole number >= 0"),
+        for key, value, ok, expected in (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "a whole number >= 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "a number >= 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "a whole number >= 0"),
         ):
             if not ok:
-                raise UserError(f"rollout: {key}: expected {expected}, got {getattr(self, key)}.")
+                raise UserError(
+                    f"rollout.init_args.{key}, or that of its evaluation: expected {expected}, got {value}."
+                )
 
 
 class Engine(ABC):
