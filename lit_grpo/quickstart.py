@@ -145,6 +145,17 @@ def summarise(run_dir: Path, engine: str, seconds_warm_start: float, seconds_rl:
     return summary
 
 
+def samples_before_and_after(run_dir: Path, count: int = 5) -> str:
+    """What the policy answers to a few held-out problems, four times each."""
+    files = sorted((run_dir / "samples").glob("val-*.jsonl"))
+    before, after = ([json.loads(line) for line in path.read_text().splitlines()] for path in (files[0], files[-1]))
+    lines = [f"{'four answers to':24}{'before':28}after"]
+    for i in range(0, 4 * count, 4):
+        cells = [" ".join(sample["completion"] for sample in samples[i : i + 4]) for samples in (before, after)]
+        lines.append(f"{before[i]['prompt']:24}{cells[0]:28}{cells[1]}")
+    return "\n".join(lines)
+
+
 def check(extra: list[str]) -> None:
     """Let the second stage's parser read its arguments before the first stage takes its time."""
     from lit_grpo.cli import run
@@ -184,6 +195,7 @@ def go(folder: Path, seed: int, extra: list[str]) -> None:
     print(f"\n{'held out, 256 problems':24}{'before':>8}{'after':>8}")
     for metric, label in (("mean_at_4", "Mean@4"), ("pass_at_4", "Pass@4")):
         print(f"{label:24}{summary[metric + '_before']:8.3f}{summary[metric + '_after']:8.3f}")
+    print(f"\n{samples_before_and_after(run_dir)}")
     print(
         f"""
 {summary["rollouts"]:,} rollouts in {summary["seconds_rl"]:.0f} s with {engine} (warm start {seconds_warm_start:.0f} s);

@@ -58,6 +58,8 @@ def test_short_run_writes_what_it_promises(
     assert set(summary) >= KEYS
     assert (summary["rollouts"], summary["engine"]) == (32, "HFRollout")
     assert f"{summary['mean_at_4_after']:.3f}" in said
+    prompts = [row["prompt"] for row in read(tmp_path / "task-seed3" / "val.jsonl")]
+    assert all(f"\n{prompt:24}" in said for prompt in prompts[:5])
     assert (tmp_path / "rl-001" / "learning_curve.png").stat().st_size > 10_000
     assert "math_reward" in (tmp_path / "rl-001" / "config.yaml").read_text()
     assert math_reward.__module__ == "lit_grpo.rewards.accuracy"
