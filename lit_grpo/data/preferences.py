@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_grpo.data.base import PromptData, RewardFn
+from lit_grpo.data.base import PromptData
 from lit_grpo.data.collate import collate, micro_batches, select_rows
 from lit_grpo.data.prompts import Source, load_prompts, load_rows
 from lit_grpo.data.types import Batch, Completion, Group
 from lit_grpo.errors import UserError
-from lit_grpo.rewards import math_reward
 
 
 @dataclass
@@ -34,28 +33,13 @@ class PreferenceData(PromptData):
 
     Args:
         train: prompts with completions.
-        val: see :class:`~lit_grpo.data.base.PromptData`, as for the arguments not listed here.
         batch_size: groups of one optimizer step, over all processes; a last incomplete step of an epoch is left out.
             Each step takes ``trainer.accumulate_grad_batches`` micro-batches per process.
+        held_out_and_reward: arguments of :class:`~lit_grpo.data.base.PromptData`.
     """
 
-    def __init__(
-        self,
-        train: Demonstrations,
-        val: Source | None = None,
-        test: Source | None = None,
-        predict: Source | None = None,
-        reward: RewardFn = math_reward,
-        batch_size: int = 64,
-        samples_per_prompt: int = 4,
-        template: str = "{prompt}",
-        chat_template: bool = False,
-        max_prompt_tokens: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            val, test, predict, reward, samples_per_prompt, template, chat_template, max_prompt_tokens, seed
-        )
+    def __init__(self, train: Demonstrations, batch_size: int = 64, **held_out_and_reward: Any) -> None:
+        super().__init__(**held_out_and_reward)
         self.train, self.batch_size = train, batch_size
         self.groups: list[Group] = []
 

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_grpo.data.base import NOTHING_SAMPLED, PromptData, RewardFn
+from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
 from lit_grpo.data.collate import collate, micro_batches, select_rows
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
-from lit_grpo.rewards import math_reward
 
 
 class RolloutData(PromptData):
@@ -25,32 +24,22 @@ class RolloutData(PromptData):
 
     Args:
         train: prompts to train on.
-        val: see :class:`~lit_grpo.data.base.PromptData`, as for the arguments not listed here.
         prompts_per_phase: prompts of a phase, over all processes.
         group_size: completions per prompt.
         updates_per_phase: optimizer steps made on one phase's rollouts. Each takes ``trainer.accumulate_grad_batches``
             micro-batches per process.
+        held_out_and_reward: arguments of :class:`~lit_grpo.data.base.PromptData`.
     """
 
     def __init__(
         self,
         train: Source,
-        val: Source | None = None,
-        test: Source | None = None,
-        predict: Source | None = None,
-        reward: RewardFn = math_reward,
         prompts_per_phase: int = 256,
         group_size: int = 2,
         updates_per_phase: int = 1,
-        samples_per_prompt: int = 4,
-        template: str = "{prompt}",
-        chat_template: bool = False,
-        max_prompt_tokens: int | None = None,
-        seed: int = 0,
+        **held_out_and_reward: Any,
     ) -> None:
-        super().__init__(
-            val, test, predict, reward, samples_per_prompt, template, chat_template, max_prompt_tokens, seed
-        )
+        super().__init__(**held_out_and_reward)
         sizes = {
             "prompts_per_phase": prompts_per_phase,
             "group_size": group_size,
