@@ -24,7 +24,7 @@ class LearningCurve(L.Callback):
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """All rows of a run's CSV logs, empty cells left out; of parts before a resume only what came before its start."""
     rows: list[dict[str, float]] = []
-    for path in [*sorted(run_dir.glob("metrics-*.csv")), run_dir / "metrics.csv"]:
+    for path in [*sorted(run_dir.glob("metrics-*.csv")), *run_dir.glob("metrics.csv")]:
         with open(path, newline="", encoding="utf-8") as file:
             part = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
         first = min((row["step"] for row in part), default=float("inf"))

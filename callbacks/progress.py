@@ -74,7 +74,6 @@ class PhaseProgress(ProgressBar):
             self.print_line(trainer.current_epoch + 1, facts)
         data = trainer.datamodule
         if not self.explained and isinstance(data, RolloutData) and data.updates_per_phase == 1:
-            self.explained = True
             self.explain(metrics)
 
     def facts(self, metrics: dict[str, float], world_size: int) -> list[str]:
@@ -96,8 +95,9 @@ class PhaseProgress(ProgressBar):
             print(f"phase {done}/{self.total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def explain(self, metrics: dict[str, float]) -> None:
-        """Say once, after the first phase, why the loss reads 0."""
+        """Say once, after the first phase that had a gradient, why the loss reads 0."""
         if abs(metrics["train/loss"]) < 1e-6 and metrics["train/grad_norm"] > 0:
+            self.explained = True
             tqdm.write(
                 "one update per phase: the surrogate is 0 by construction, its gradient is not;"
                 f" {metrics['train/informative_share']:.0%} of groups informative, grad norm"

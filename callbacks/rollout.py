@@ -58,13 +58,6 @@ class Rollout(L.Callback, ABC):
         return self.seconds
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = trainer.datamodule
-        if isinstance(data, RolloutData) and trainer.num_training_batches != len(data.train_dataloader()):
-            raise UserError(
-                f"trainer: a phase has {len(data.train_dataloader())} micro-batches, but limit_train_batches,"
-                f" overfit_batches or fast_dev_run let only {trainer.num_training_batches} of them train, which would"
-                " change the gradient. Lower data.init_args.prompts_per_phase instead."
-            )
         self.started = time.perf_counter() - self.seconds
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -102,7 +102,7 @@ class CLI(LightningCLI):
         if config.ckpt_path == "last":
             config.ckpt_path = str(self.run_dir / "checkpoints" / "last.ckpt")
         ckpt_path = config.ckpt_path
-        if ckpt_path is not None and not Path(ckpt_path).exists():
+        if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")
         if rank_zero_only.rank == 0:
             prepare_run_dir(self.run_dir, ckpt_path if self.subcommand == "fit" else None)
@@ -146,10 +146,14 @@ def prepare_run_dir(folder: Path, ckpt_path: str | Path | None) -> None:
         UserError: if it holds another run, or cannot be written.
     """
     present = [name for name in RUN_FILES if (folder / name).exists()]
-    resumed = ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents
+    resumed = ckpt_path is not None and Path(ckpt_path).resolve().parent == (folder / "checkpoints").resolve()
     if present and not resumed:
         last = folder / "checkpoints" / "last.ckpt"
-        go_on = f", or go on where it stopped with --run_dir {folder} --ckpt_path last" if last.exists() else ""
+        go_on = (
+            f", or go on where it stopped with `lit-grpo fit ... --run_dir {folder} --ckpt_path last`"
+            if last.exists()
+            else ""
+        )
         raise UserError(
             f"run_dir: {str(folder)!r} is not empty: it holds a run ({', '.join(present)}), and nothing of it will be"
             f" overwritten. Choose another folder, or remove this one{go_on}."

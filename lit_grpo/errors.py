@@ -26,7 +26,8 @@ def mistakes_end_with_a_message(program: str) -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        print(f"{program}: error: {cause}", file=sys.stderr)
+        where = "" if isinstance(cause, UserError) else "trainer: "
+        print(f"{program}: error: {where}{cause}", file=sys.stderr)
         sys.exit(2)
 
 

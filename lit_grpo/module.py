@@ -162,6 +162,15 @@ class PolicyModule(L.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
 
+    def on_train_epoch_end(self) -> None:
+        """Stop a run whose update was not finite before its weights are saved as a model."""
+        norm = self.trainer.callback_metrics["train/grad_norm"]
+        if not norm.isfinite():
+            raise UserError(
+                f"The gradient norm of phase {self.current_epoch} is {norm.item()}, and the update ruined the weights."
+                " Lower model.optimizer's lr, or look for what the loss divides by; checkpoints of earlier phases hold."
+            )
+
     def score(self, rewards: Tensor) -> None:
         """Count one batch of held-out prompts, ``[P, n]`` rewards."""
         self.mean_reward.update(rewards)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lit_grpo.errors import mistakes_end_with_a_message
+from lit_grpo.errors import UserError, mistakes_end_with_a_message
 
 SYMBOLS = "0123456789+=-*"
 RIGHT_SHARE = 0.3
@@ -130,6 +130,11 @@ def summarise(run_dir: Path, engine: str, seconds_warm_start: float, seconds_rl:
     rows = read_metrics(run_dir)
     held_out = [row for row in rows if "val/mean_at_4" in row]
     phases = [row for row in rows if "train/reward" in row]
+    if not held_out or not phases:
+        raise UserError(
+            "The summary needs at least one phase, held-out prompts (data.val) and data.samples_per_prompt 4: leave"
+            " these as configs/quickstart.yaml has them."
+        )
     summary = {
         f"{metric}_{when}": held_out[i][f"val/{metric}"]
         for metric in ("mean_at_4", "pass_at_4")
@@ -174,6 +179,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the task, the model and all sampling")
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything is written")
     arguments, extra = parser.parse_known_args()
+    if arguments.seed < 0:
+        parser.error(f"--seed: expected a whole number >= 0, got {arguments.seed}")
     if not CONFIGS.is_dir():
         sys.exit(f"quickstart: error: no folder configs/ here ({Path.cwd()}). Run it from the root of the repository.")
 
@@ -190,7 +197,7 @@ def go(folder: Path, seed: int, extra: list[str]) -> None:
     start = time.perf_counter()
     cli = train(task, run_dir, seed, extra)
     engine = cli.config.fit.rollout.class_path.rsplit(".", 1)[-1]
-    summary = summarise(run_dir, engine, seconds_warm_start, time.perf_counter() - start)
+    summary = summarise(cli.run_dir, engine, seconds_warm_start, time.perf_counter() - start)
 
     print(f"\n{'held out, 256 problems':24}{'before':>8}{'after':>8}")
     for metric, label in (("mean_at_4", "Mean@4"), ("pass_at_4", "Pass@4")):

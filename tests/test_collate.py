@@ -52,7 +52,11 @@ class Wrong(TwoGRPO):
             lambda r: (torch.zeros(1, 2).long(), torch.ones(1, 3)),
             r"index of shape \[1, 2\] and advantages of shape \[1, 3\]",
         ),
-        (lambda r: (torch.full((1, 2), 2), torch.ones(1, 2)), "outside of groups of 2"),
+        (lambda r: (torch.full((1, 2), 2), torch.ones(1, 2)), r"from 0 to 1; got \[2, 2\]"),
+        (lambda r: (torch.zeros(1, 2), torch.ones(1, 2)), r"int64 .* got .*float32"),
+        (lambda r: (torch.zeros(1, 2).long(), 1e60 * torch.ones(1, 2, dtype=torch.float64)), "not finite"),
+        (lambda r: (torch.zeros(2).long(), torch.ones(2)), r"index of shape \[2\]"),
+        (lambda r: r, "select returned Tensor"),
     ],
 )
 def test_a_selection_that_is_none_is_refused(made, message: str):

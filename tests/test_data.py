@@ -28,6 +28,8 @@ def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, acc
         global_rank=rank,
         world_size=world,
         accumulate_grad_batches=accumulate,
+        limit_train_batches=1.0,
+        overfit_batches=0.0,
         current_epoch=0,
         strategy=SimpleNamespace(reduce=lambda x, reduce_op: x * world, root_device="cpu"),
     )
@@ -119,7 +121,8 @@ class TestPrompts:
 
     def test_cells_of_a_csv_file_stay_as_they_are_written(self, tmp_path: Path, model: str):
         answers = ["007", "0.10", "1e5", "None"]
-        (tmp_path / "data.csv").write_text("prompt,answer\n" + "".join(f"1,{a}\n" for a in answers))
+        rows = "".join(f"{i},1,{a}\n" for i, a in enumerate(answers))
+        (tmp_path / "data.csv").write_text(",prompt,answer\n" + rows, encoding="utf-8-sig")  # as spreadsheets write it
         prompts = load_prompts(
             Source(str(tmp_path / "data.csv")), "data.train", load_tokenizer(model), "{prompt}", False
         )

@@ -86,6 +86,19 @@ class PromptData(L.LightningDataModule):
         if stage != "predict":
             self.check_reward()
 
+    def check_limits(self, batches: int, accumulate: int) -> None:
+        """Refuse trainer settings that leave out part of an optimizer step: its denominators count all of it."""
+        limit, overfit = self.trainer.limit_train_batches, self.trainer.overfit_batches
+        whole = (
+            limit == 1.0 if isinstance(limit, float) else limit >= batches or (limit > 0 and limit % accumulate == 0)
+        )
+        if not whole or overfit:
+            raise UserError(
+                f"trainer: limit_train_batches {limit} (fast_dev_run makes it 1) or overfit_batches {overfit} would cut"
+                f" an optimizer step, which has {accumulate} micro-batches here, and so change its gradient. Make the"
+                " data smaller instead."
+            )
+
     def load_prompts(self, source: Source, key: str) -> list[Prompt]:
         """Load, tokenise and filter the prompts of a source."""
         module = self.trainer.lightning_module
@@ -223,7 +236,7 @@ class PromptData(L.LightningDataModule):
         for sample, reward in zip(samples, rewards, strict=True):
             if isinstance(reward, Tensor | np.generic) and reward.ndim == 0:
                 reward = reward.item()
-            if not isinstance(reward, int | float) or not abs(reward) < 1e100:
+            if not isinstance(reward, int | float) or not abs(reward) < 1e30:
                 raise UserError(
                     f"data.init_args.reward: {name} returned {reward!r}; expected a finite number. The sample:"
                     f" {sample}."

@@ -25,26 +25,36 @@ class Row:
         return len(self.prompt_ids) + len(self.completion.token_ids)
 
 
-def select_rows(groups: Sequence[Group], loss: Loss) -> list[Row]:
-    """Rows of all groups in order, K per group, as ``loss.select`` chose them.
+def checked_select(loss: Loss, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``loss.select`` returns for rewards ``[P, G]``.
 
     Raises:
-        UserError: if what ``select`` returns is no selection of rows with finite advantages.
+        UserError: if that is no selection of rows with finite advantages.
     """
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    index, advantages = loss.select(rewards)
-    name = type(loss).__name__
-    if index.shape != advantages.shape or index.ndim != 2 or len(index) != len(groups) or index.shape[1] % loss.unit:
+    selected, name, groups = loss.select(rewards), type(loss).__name__, len(rewards)
+    if not (isinstance(selected, tuple) and len(selected) == 2 and all(isinstance(x, torch.Tensor) for x in selected)):
+        raise UserError(f"model.loss: {name}.select returned {type(selected).__name__}, expected (index, advantages).")
+    index, advantages = selected
+    if index.shape != advantages.shape or index.ndim != 2 or len(index) != groups or index.shape[1] == 0:
         raise UserError(
             f"model.loss: {name}.select returned an index of shape {list(index.shape)} and advantages of shape"
-            f" {list(advantages.shape)} for {len(groups)} groups; expected [{len(groups)}, K] both, K a multiple of"
-            f" {loss.unit}."
+            f" {list(advantages.shape)} for {groups} groups; expected [{groups}, K] both, K at least 1."
         )
-    if index.min() < 0 or index.max() >= rewards.shape[1]:
-        raise UserError(f"model.loss: {name}.select chose completions outside of groups of {rewards.shape[1]}.")
-    if not advantages.isfinite().all():
-        worst = rewards[(~advantages.isfinite()).any(-1)][0].tolist()
+    if index.dtype != torch.int64 or index.min() < 0 or index.max() >= rewards.shape[1] or index.shape[1] % loss.unit:
+        raise UserError(
+            f"model.loss: {name}.select must choose whole units of {loss.unit} completions, by int64 numbers from 0 to"
+            f" {rewards.shape[1] - 1}; got {index[0].tolist()} ({index.dtype}) for the first group."
+        )
+    if not advantages.float().isfinite().all():
+        worst = rewards[(~advantages.float().isfinite()).any(-1)][0].tolist()
         raise UserError(f"model.loss: {name}.select made advantages that are not finite from the rewards {worst}.")
+    return index, advantages
+
+
+def select_rows(groups: Sequence[Group], loss: Loss) -> list[Row]:
+    """Rows of all groups in order, K per group, as ``loss.select`` chose them."""
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    index, advantages = checked_select(loss, rewards)
     return [
         Row(group.prompt_ids, group.completions[i], advantage)
         for group, indices, row_advantages in zip(groups, index.tolist(), advantages.tolist(), strict=True)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import PromptData
-from lit_grpo.data.collate import collate, micro_batches, select_rows
+from lit_grpo.data.collate import checked_select, collate, micro_batches, select_rows
 from lit_grpo.data.prompts import Source, load_prompts, load_rows
 from lit_grpo.data.types import Batch, Completion, Group
 from lit_grpo.errors import UserError
@@ -80,12 +80,13 @@ class PreferenceData(PromptData):
         """Refuse sizes that do not come out even, and losses that cannot train on single completions."""
         loss = self.trainer.lightning_module.loss
         try:
-            loss.select(torch.ones(1, 1))
+            checked_select(loss, torch.ones(1, 1))
         except UserError as error:
             raise UserError(
                 f"model.loss: {type(loss).__name__} cannot train on demonstrations, which are groups of one. Use SFT."
             ) from error
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        self.check_limits(len(self.groups), accumulate)
         if self.batch_size < 1 or self.batch_size % world or self.batch_size // world < accumulate:
             raise UserError(
                 f"data.init_args.batch_size: {self.batch_size} groups cannot fill {accumulate} micro-batches"

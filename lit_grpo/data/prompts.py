@@ -24,7 +24,7 @@ class Source:
     """Configuration of a hub data set."""
 
     split: str = "train"
-    """Split of a hub data set, slices such as ``train[:1000]`` included."""
+    """Split of a data set, slices such as ``train[:1000]`` included. A .csv file is always read whole."""
 
     prompt: str = "prompt"
     """Column of the question: text, or a list of chat messages."""
@@ -53,7 +53,7 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
     Raises:
         UserError: if the data set cannot be read, is empty, lacks a column, or has an empty cell.
     """
-    from datasets import load_dataset  # takes a second to import
+    from datasets import Dataset, load_dataset  # takes a second to import
 
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what goes wrong is said below
 
@@ -63,9 +63,11 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
     if path.is_file() and path.suffix not in FORMATS:
         raise UserError(f"{key}.path: cannot tell the format of {source.path!r}; expected one of {', '.join(FORMATS)}.")
     try:
-        if path.is_file():
-            options = csv_as_text(path) if path.suffix == ".csv" else {}
-            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split, **options)
+        if path.suffix == ".csv":  # read as text: with guessed types, the answer 007 would become 7
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                data = Dataset.from_list(list(csv.DictReader(file)))
+        elif path.is_file():
+            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split)
         else:
             data = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the library raises many kinds, from its own to pyarrow's and the network's
@@ -76,13 +78,13 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
             f"{key}.path: cannot load {source.path!r} (name {source.name!r}, split {source.split!r}):"
             f" {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no details'}"
         ) from error
+    if not len(data):
+        raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.")
     if missing := [column for column in columns if column not in data.column_names]:
         raise UserError(
             f"{key}: {source.path!r} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. Name the"
             f" right one in {key}."
         )
-    if not len(data):
-        raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.")
     rows = data.select_columns(columns).to_list()
     for i, row in enumerate(rows):
         for column in columns:
@@ -96,15 +98,6 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
                     f"{key}: row {i} of {source.path!r} has nothing in column {column!r}. Fill or drop the row."
                 )
     return rows
-
-
-def csv_as_text(path: Path) -> dict[str, Any]:
-    """Options that keep every cell of a CSV file as it is written: 007 is not 7."""
-    from datasets import Features, Value
-
-    with open(path, newline="", encoding="utf-8") as file:
-        header = next(csv.reader(file), [])
-    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
 
 
 def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_template: bool) -> list[Prompt]:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
-from lit_grpo.data.collate import collate, micro_batches, select_rows
+from lit_grpo.data.collate import checked_select, collate, micro_batches, select_rows
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.engines.base import Engine, Sampling
@@ -63,7 +63,8 @@ class RolloutData(PromptData):
         """Do the arithmetic of a phase, print it, and refuse what does not come out even."""
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         loss = self.trainer.lightning_module.loss
-        rows_per_prompt = self.rows_per_prompt = loss.select(torch.zeros(1, self.group_size))[0].shape[1]
+        self.check_limits(self.updates_per_phase * accumulate, self.updates_per_phase * accumulate)
+        rows_per_prompt = self.rows_per_prompt = checked_select(loss, torch.zeros(1, self.group_size))[0].shape[1]
         share, rest = divmod(self.prompts_per_phase, self.updates_per_phase * world)
         if rest:
             raise UserError(
