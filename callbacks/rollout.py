@@ -61,12 +61,14 @@ class Rollout(L.Callback, ABC):
         self.started = time.perf_counter() - self.seconds
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(data := trainer.datamodule, RolloutData):
-            return
-        engine, stats = self.sync(pl_module)
-        stats |= data.collect(engine, self.sampling, trainer.current_epoch)
-        self.rollouts = (trainer.current_epoch + 1) * data.prompts_per_phase * data.group_size
-        stats["rollouts"] = float(self.rollouts)
+        data = trainer.datamodule
+        stats: dict[str, float] = {}
+        if isinstance(data, RolloutData):
+            engine, stats = self.sync(pl_module)
+            data.collect(engine, self.sampling, trainer.current_epoch)
+            self.rollouts = (trainer.current_epoch + 1) * data.prompts_per_phase * data.group_size
+            stats["rollouts"] = float(self.rollouts)
+        stats |= data.stats
         pl_module.log_dict(
             {f"train/{k}": v for k, v in stats.items()}, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
         )

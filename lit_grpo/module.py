@@ -7,12 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_grpo.data.types import Batch
 from lit_grpo.errors import UserError
-from lit_grpo.losses.base import Loss, LossInputs, LossOutput
+from lit_grpo.losses import Loss, LossInputs, LossOutput, diagnostics
 from lit_grpo.metrics import MeanAtK, PassAtK
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
 
@@ -30,6 +31,7 @@ class PolicyModule(L.LightningModule):
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
             this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.02 is
             normal in bfloat16, 1e-5 in float32. If not given, 0.001 in float32 on a CPU, else 0.1.
+        log_entropy: whether the policy's entropy is computed and logged. Losses with an entropy bonus do so anyway.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class PolicyModule(L.LightningModule):
         gradient_checkpointing: bool = False,
         correct_at: float = 1.0,
         max_mismatch: float | None = None,
+        log_entropy: bool = False,
     ) -> None:
         super().__init__()
+        self.log_entropy = log_entropy
         self.model_name, self.loss = model, loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.gradient_checkpointing, self.correct_at, self.max_mismatch = (
@@ -55,6 +59,8 @@ class PolicyModule(L.LightningModule):
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.policy: Policy | None = None
         self.reference: Policy | None = None
+        self.reference_is_cached = False
+        self.kl_baseline: Tensor | None = None
 
     @property
     def context(self) -> int:
@@ -67,6 +73,8 @@ class PolicyModule(L.LightningModule):
         return int(self.config.vocab_size)
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            rank_zero_info(f"Loss: {self.loss}")
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise UserError(
                 f"trainer.precision: {self.trainer.precision} would round every update of the weights, most of them to"
@@ -85,7 +93,7 @@ class PolicyModule(L.LightningModule):
         if self.policy is not None:  # Lightning may call this twice
             return
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
-        if self.loss.needs_reference:
+        if self.loss.needs_kl_baseline or (self.loss.needs_reference and not self.reference_is_cached):
             self.reference = load_reference(self.model_name)
 
     def configure_optimizers(self) -> Any:
@@ -103,44 +111,74 @@ class PolicyModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.policy is not None
-        logps = self.policy(batch.tokens, batch.mask, batch.temperature)
-        ref_logps = None
-        if self.reference is not None:
+        if batch.mismatched is not None:
+            self.kl_baseline = self.estimate_kl_baseline(batch.mismatched)
+        entropy_wanted = self.loss.needs_entropy or self.log_entropy
+        logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted)
+        ref_logps = batch.ref_logps
+        if ref_logps is None and self.reference is not None:
             with torch.no_grad():
-                ref_logps = self.reference(batch.tokens, batch.mask, batch.temperature)
+                ref_logps, _ = self.reference(batch.tokens, batch.mask, batch.temperature)
         if batch_idx == 0 and batch.sampler_logps is not None:
             self.check_mismatch((logps.detach() - batch.sampler_logps).abs()[batch.mask].mean())
 
-        output = self.loss(
-            LossInputs(
-                logps,
-                batch.mask,
-                batch.advantages.to(logps.dtype),
-                old_logps=None if batch.on_policy else batch.sampler_logps,
-                ref_logps=ref_logps,
-                total_rows=batch.total_rows,
-                total_tokens=batch.total_tokens,
-            )
+        inputs = LossInputs(
+            logps,
+            batch.mask,
+            batch.advantages.to(logps.dtype),
+            old_logps=None if batch.on_policy else batch.sampler_logps,
+            ref_logps=ref_logps,
+            sampler_logps=batch.sampler_logps,
+            entropy=entropy,
+            kl_baseline=self.kl_baseline,
+            step=self.trainer.global_step,
+            total_rows=batch.total_rows,
+            total_tokens=batch.total_tokens,
         )
+        output = self.loss(inputs)
         if not isinstance(output, LossOutput):
             raise UserError(
                 f"model.loss: {type(self.loss).__name__}.forward returned {type(output).__name__}, expected LossOutput."
             )
-        accumulate = self.trainer.accumulate_grad_batches
-        updates = self.trainer.num_training_batches / accumulate
-        for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-            # Shares of a step add up over its micro-batches and ranks; the epoch's value is the mean over its steps.
+        self.log_metrics({"loss": output.loss.detach(), **diagnostics(inputs), **output.metrics})
+        # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
+        return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def log_metrics(self, metrics: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+        """Log a micro-batch's metrics, each in the way that ``LossOutput.metrics`` states."""
+        updates = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        for name, value in metrics.items():
+            reduce_fx, count = "mean", torch.ones(())
+            if isinstance(value, tuple):
+                total, count = value
+                value = total / count.clamp(min=1)
+            elif name.startswith("loss"):
+                # Shares add up over a step's micro-batches and ranks; the epoch's value is the mean over its steps.
+                reduce_fx, value = "sum", value / updates
+            elif name.endswith(("_min", "_max")):
+                reduce_fx = name[-3:]
             self.log(
                 f"train/{name}",
-                value / updates,
+                value,
                 on_step=False,
                 on_epoch=True,
-                reduce_fx="sum",
+                reduce_fx=reduce_fx,
                 sync_dist=True,
-                batch_size=1,
+                batch_size=count,
             )
-        # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
-        return output.loss * accumulate * self.trainer.world_size
+
+    @torch.no_grad()
+    def estimate_kl_baseline(self, batches: list[Batch]) -> Tensor:
+        """Mean log-ratio of policy to reference over mismatched completions of all processes."""
+        assert self.policy is not None
+        assert self.reference is not None
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for batch in batches:
+            logps, _ = self.policy(batch.tokens, batch.mask, batch.temperature)
+            ref_logps, _ = self.reference(batch.tokens, batch.mask, batch.temperature)
+            total += torch.stack([(logps - ref_logps).sum(), logps.new_tensor(len(logps))])
+        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        return total[0] / total[1]
 
     def check_mismatch(self, mismatch: Tensor) -> None:
         """Log how far sampler and trainer are apart, and stop where the engine cannot have run this policy."""

@@ -25,15 +25,19 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probs ``[N, T - 1]`` of the tokens under ``mask``; see :func:`~lit_grpo.logprobs.completion_logps`.
+    def forward(
+        self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs ``[N, T - 1]`` of the tokens under ``mask``, and entropies if they are wanted.
+
+        See :func:`~lit_grpo.logprobs.completion_logps`.
 
         ``tokens`` are padded at the right, so that causal attention never reaches padding from a real token and no
         attention mask is needed.
         """
         hidden = self.lm.base_model(tokens, use_cache=False).last_hidden_state
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
-        return completion_logps(hidden, tokens, mask, self.lm.get_output_embeddings(), temperature, softcap)
+        return completion_logps(hidden, tokens, mask, self.lm.get_output_embeddings(), temperature, softcap, entropy)
 
 
 def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:

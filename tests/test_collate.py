@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_grpo.data.collate import Row, collate, micro_batches, select_rows
+from lit_grpo.data.collate import Row, checked_select, collate, make_rows, micro_batches
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.types import Completion, Group
 from lit_grpo.errors import UserError
@@ -24,7 +24,8 @@ def test_the_example_of_the_data_types_page():
         [Completion([4, 6, 0], [-0.1, -0.2, -0.3]), Completion([4, 0, 0], [-0.4, -0.5, -0.6])],
         [1.0, 0.0],
     )
-    batch = collate(select_rows([group], TwoGRPO()), total_rows=2, total_tokens=6)
+    rows = make_rows([group], *checked_select(TwoGRPO(), torch.tensor([group.rewards])), TwoGRPO())
+    batch = collate(rows, total_rows=2, total_tokens=6)
     assert batch.tokens.tolist() == [[1, 2, 10, 3, 4, 15, 4, 6, 0], [1, 2, 10, 3, 4, 15, 4, 0, 0]]
     assert batch.mask.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]] * 2
     assert batch.advantages.tolist() == [1, -1]
@@ -60,9 +61,8 @@ class Wrong(TwoGRPO):
     ],
 )
 def test_a_selection_that_is_none_is_refused(made, message: str):
-    group = Group([1], [Completion([1]), Completion([1])], [1.0, 0.0])
     with pytest.raises(UserError, match=message):
-        select_rows([group], Wrong(made))
+        checked_select(Wrong(made), torch.tensor([[1.0, 0.0]], dtype=torch.float64))
 
 
 def test_rows_are_trimmed_to_their_own_longest_and_padded_at_the_right():

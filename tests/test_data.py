@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_invariance import ScriptedEngine, even_first_digit
 
-from lit_grpo.data import Demonstrations, PreferenceData, RolloutData, Source
+from lit_grpo.data import PreferenceData, Preferences, RolloutData, Source
 from lit_grpo.data.prompts import load_prompts
 from lit_grpo.engines import Sampling
 from lit_grpo.errors import UserError
@@ -23,7 +23,7 @@ def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, acc
     """Give a data module what it reads of a trainer, as one of ``world`` processes."""
     data.trainer = SimpleNamespace(
         lightning_module=SimpleNamespace(
-            loss=loss, tokenizer=load_tokenizer(model), context=64, correct_at=1.0, vocab_size=16
+            loss=loss, tokenizer=load_tokenizer(model), context=64, correct_at=1.0, vocab_size=16, stop_token_ids=[1]
         ),
         global_rank=rank,
         world_size=world,
@@ -31,7 +31,9 @@ def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, acc
         limit_train_batches=1.0,
         overfit_batches=0.0,
         current_epoch=0,
-        strategy=SimpleNamespace(reduce=lambda x, reduce_op: x * world, root_device="cpu"),
+        strategy=SimpleNamespace(
+            reduce=lambda x, reduce_op: x * world, all_gather=lambda x: x.expand(world, *x.shape), root_device="cpu"
+        ),
     )
     data.setup("fit")
     return data
@@ -82,7 +84,8 @@ class TestPhases:
 
     def test_batches_carry_the_counts_of_the_whole_step(self, model: str, few_prompts: str):
         data = rollout_data(model, few_prompts, updates_per_phase=2)
-        stats = data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        stats = data.stats
         batches = list(data.train_dataloader())
         assert [b.on_policy for b in batches] == [True, False]
         assert [b.total_rows for b in batches] == [4, 4]
@@ -93,12 +96,13 @@ class TestPhases:
         data = rollout_data(model, few_prompts)
         loss = data.trainer.lightning_module.loss
         loss.select = lambda rewards: (torch.zeros(len(rewards), 1).long(), torch.ones(len(rewards), 1))
-        with pytest.raises(UserError, match="chose 4 rows of 4 groups, but 2 of each before"):
+        with pytest.raises(UserError, match="chose 1 rows of each group, but 2 before"):
             data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
 
     def test_informative_share_counts_groups_with_a_difference(self, model: str, few_prompts: str):
         data = rollout_data(model, few_prompts, prompts_per_phase=8)
-        stats = data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        stats = data.stats
         rewards = [s.reward for s in data.samples]
         mixed = sum(a != b for a, b in zip(rewards[::2], rewards[1::2], strict=True))
         assert 0 < mixed < 8
@@ -168,7 +172,7 @@ class TestPreferenceData:
         return str(path)
 
     def test_steps_cover_the_data_once_in_a_new_order_each_epoch(self, model: str, demonstrations: str):
-        data = connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, SFT(), accumulate=2)
+        data = connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, SFT(), accumulate=2)
         batches = list(data.train_dataloader())
         assert len(batches) == len(data.train_dataloader()) == 4  # two steps of two micro-batches; two groups left over
         rows = [tuple(row.tolist()) for b in batches for row in b.tokens]
@@ -178,32 +182,34 @@ class TestPreferenceData:
         assert rows != [tuple(row.tolist()) for b in data.train_dataloader() for row in b.tokens]
 
     def test_completions_end_with_the_end_of_sequence(self, model: str, demonstrations: str):
-        data = connect(PreferenceData(Demonstrations(demonstrations), batch_size=10), model, SFT())
+        data = connect(PreferenceData(Preferences(demonstrations), batch_size=10), model, SFT())
         batch = next(iter(data.train_dataloader()))
         last = batch.tokens[torch.arange(10), batch.mask.int().cumsum(-1).argmax(-1) + 1]
         assert last.tolist() == [load_tokenizer(model).eos_token_id] * 10
 
     def test_ranks_share_a_step(self, model: str, demonstrations: str):
-        whole = connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, SFT())
+        whole = connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, SFT())
         halves = [
-            connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, SFT(), r, 2) for r in range(2)
+            connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, SFT(), r, 2) for r in range(2)
         ]
         rows = lambda data: {tuple(row.tolist()) for row in next(iter(data.train_dataloader())).tokens}  # noqa: E731
         assert rows(whole) == rows(halves[0]) | rows(halves[1])
         assert not rows(halves[0]) & rows(halves[1])
 
     def test_a_loss_that_compares_cannot_train_on_them(self, model: str, demonstrations: str):
-        with pytest.raises(UserError, match=r"model.loss: TwoGRPO cannot train on demonstrations"):
-            connect(PreferenceData(Demonstrations(demonstrations), batch_size=4), model, TwoGRPO())
+        with pytest.raises(
+            UserError, match=r"model.loss: TwoGRPO cannot train on the demonstrations of .* groups of 1. .*SFT, KTO"
+        ):
+            connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, TwoGRPO())
 
     @pytest.mark.parametrize(
         ("size", "world", "message"), [(3, 2, "multiple of 2"), (20, 1, "only 10 are left"), (0, 1, "batch_size: 0")]
     )
     def test_sizes_that_do_not_fit(self, model: str, demonstrations: str, size: int, world: int, message: str):
         with pytest.raises(UserError, match=message):
-            connect(PreferenceData(Demonstrations(demonstrations), batch_size=size), model, SFT(), 0, world)
+            connect(PreferenceData(Preferences(demonstrations), batch_size=size), model, SFT(), 0, world)
 
     def test_a_demonstration_beyond_the_context(self, model: str, tmp_path: Path):
         (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1", "completion": "2" * 64}))
         with pytest.raises(UserError, match=r"row 0 .* 66 tokens.*context of 64"):
-            connect(PreferenceData(Demonstrations(str(tmp_path / "long.jsonl")), batch_size=1), model, SFT())
+            connect(PreferenceData(Preferences(str(tmp_path / "long.jsonl")), batch_size=1), model, SFT())

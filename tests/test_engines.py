@@ -41,7 +41,7 @@ def trainer_logps(policy: Policy, prompt: list[int], completion: list[int], temp
     mask = torch.zeros(1, tokens.shape[1] - 1, dtype=torch.bool)
     mask[0, len(prompt) - 1 :] = True
     with torch.no_grad():
-        return policy(tokens, mask, temperature)[mask].tolist()
+        return policy(tokens, mask, temperature)[0][mask].tolist()
 
 
 def test_logps_are_those_of_the_policy_at_the_sampling_temperature(engine: Engine, policy: Policy):

@@ -15,10 +15,10 @@ from conftest import quiet_trainer
 from torch import Tensor
 
 from callbacks import Rollout
-from lit_grpo.data import RolloutData, Sample, Source
+from lit_grpo.data import PreferenceData, Preferences, RolloutData, Sample, Source
 from lit_grpo.data.types import Completion
 from lit_grpo.engines import Engine, Sampling
-from lit_grpo.losses import GRPO, Loss, TwoGRPO
+from lit_grpo.losses import DAPO, DPO, GRPO, IPO, KTO, SFT, TwoGRPO, WeightedSum
 from lit_grpo.module import PolicyModule
 
 
@@ -53,28 +53,58 @@ LOSSES = {
     "2-grpo": lambda: TwoGRPO(),
     "grpo token mean": lambda: GRPO(aggregation="token_mean"),
     "grpo kl": lambda: GRPO(beta=0.3, scale="sample"),
+    "grpo batch, entropy, tis": lambda: GRPO(scale="batch", entropy_bonus=0.1, tis_clip=1.5),
+    "dapo": lambda: DAPO(),
+    "dpo": lambda: DPO(),
+    "ipo": lambda: IPO(),
+    "kto": lambda: KTO(),
+    "2-grpo and sft": lambda: WeightedSum([TwoGRPO(), SFT()], [1.0, 0.3]),
 }
+GROUPS_OF_TWO = {"2-grpo", "2-grpo and sft"}
 
 
 class Float64Module(PolicyModule):
-    """The same module in float64, with plain gradient descent so that weights show the gradient."""
+    """The same module in float64, with a reference that is not the policy, so that losses depend on it."""
 
     def configure_model(self) -> None:
         super().configure_model()
         self.double()
+        if self.reference is not None:
+            g = torch.Generator().manual_seed(1)
+            for p in self.reference.parameters():
+                p.add_(0.03 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+
+    def estimate_kl_baseline(self, batches) -> Tensor:
+        baseline = super().estimate_kl_baseline(batches)
+        assert baseline > 0.01  # at 0 it is clamped, and a test of it would see nothing
+        return baseline
 
 
 def train(
-    model: str, prompts: str, folder: Path, loss: Loss, keep_zeros: bool = False, updates: int = 1, **options
+    model: str,
+    prompts: str,
+    folder: Path,
+    name: str,
+    keep_zeros: bool = False,
+    updates: int = 1,
+    offline: str | None = None,
+    **options,
 ) -> dict[str, Tensor]:
-    """Weights after one phase of eight prompts."""
+    """Weights after one phase of eight prompts, or after one step on eight pairs of a file."""
+    loss = LOSSES[name]()
     if keep_zeros:
         loss.drops_zero_advantages = False
     module = Float64Module(model, loss, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_mismatch=100)
-    group_size = 2 if isinstance(loss, TwoGRPO) else 4
-    data = RolloutData(
-        Source(prompts), reward=even_first_digit, prompts_per_phase=8, group_size=group_size, updates_per_phase=updates
-    )
+    if offline is None:
+        data = RolloutData(
+            Source(prompts),
+            reward=even_first_digit,
+            prompts_per_phase=8,
+            group_size=2 if name in GROUPS_OF_TWO else 4,
+            updates_per_phase=updates,
+        )
+    else:
+        data = PreferenceData(Preferences(offline), batch_size=8)
     quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12)], **options).fit(
         module, datamodule=data
     )
@@ -85,22 +115,42 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    """Eight pairs whose sides have different lengths."""
+    rows = [
+        {"prompt": f"{i}+{i}=", "chosen": str(2 * i) * (i % 3 + 1), "rejected": str(i) * (i % 4 + 2)}
+        for i in range(1, 9)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "pairs.jsonl")
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("updates", [1, 2])
 def test_accumulation_and_skipping_change_nothing(
     model: str, few_prompts: str, tmp_path: Path, loss: str, updates: int
 ):
-    whole = train(model, few_prompts, tmp_path, LOSSES[loss](), keep_zeros=True, updates=updates)
+    whole = train(model, few_prompts, tmp_path, loss, keep_zeros=True, updates=updates)
     for accumulate in (1, 2, 4):
-        cut = train(model, few_prompts, tmp_path, LOSSES[loss](), updates=updates, accumulate_grad_batches=accumulate)
+        cut = train(model, few_prompts, tmp_path, loss, updates=updates, accumulate_grad_batches=accumulate)
         assert furthest(whole, cut) < 1e-12
 
 
-def test_the_update_is_not_nothing(model: str, few_prompts: str, tmp_path: Path):
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
+def test_accumulation_changes_nothing_offline(model: str, pairs: str, tmp_path: Path, loss: str):
+    whole = train(model, "", tmp_path, loss, offline=pairs)
+    for accumulate in (2, 4):
+        cut = train(model, "", tmp_path, loss, offline=pairs, accumulate_grad_batches=accumulate)
+        assert furthest(whole, cut) < 1e-12
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_update_is_not_nothing(model: str, few_prompts: str, tmp_path: Path, loss: str):
     from lit_grpo.policy import load_policy
 
-    moved = train(model, few_prompts, tmp_path, TwoGRPO())
-    assert furthest(load_policy(model).double().state_dict(), moved) > 1e-3
+    moved = train(model, few_prompts, tmp_path, loss)
+    assert furthest(load_policy(model).double().state_dict(), moved) > 1e-4
 
 
 @pytest.mark.parametrize("chunk", [18, 18 * 7])
@@ -109,32 +159,31 @@ def test_chunk_size_of_the_log_probs_changes_nothing(
 ):
     import lit_grpo.logprobs
 
-    whole = train(model, few_prompts, tmp_path, TwoGRPO())
+    loss = "grpo batch, entropy, tis"
+    whole = train(model, few_prompts, tmp_path, loss)
     monkeypatch.setattr(lit_grpo.logprobs, "CHUNK_LOGITS", chunk)
-    assert furthest(whole, train(model, few_prompts, tmp_path, TwoGRPO())) < 1e-12
+    assert furthest(whole, train(model, few_prompts, tmp_path, loss)) < 1e-12
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_processes_change_nothing(model: str, few_prompts: str, tmp_path: Path, loss: str):
-    """Two real processes under DDP make the update of one; they also run equally many passes, or they would hang."""
-    whole = train(model, few_prompts, tmp_path, LOSSES[loss]())
-    job = {"model": model, "prompts": few_prompts, "folder": str(tmp_path), "loss": loss}
+def test_processes_change_nothing(model: str, few_prompts: str, pairs: str, tmp_path: Path):
+    """Two real processes under DDP make the update of one; they also run equally many passes, or they would hang.
+
+    The exception is KTO on rollouts: its baseline pairs prompts with completions of the same process.
+    """
+    job = {"model": model, "prompts": few_prompts, "pairs": pairs, "folder": str(tmp_path)}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=240, env=environment)
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=environment)
     split = torch.load(tmp_path / "split.pt")
-    assert furthest(whole, split) < 1e-12
+    for loss in LOSSES:
+        whole = train(model, few_prompts, tmp_path, loss)
+        assert (furthest(whole, split[loss]) < 1e-12) == (loss != "kto"), loss
+    assert furthest(train(model, "", tmp_path, "kto", offline=pairs), split["kto offline"]) < 1e-12
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    weights = train(
-        job["model"],
-        job["prompts"],
-        Path(job["folder"]),
-        LOSSES[job["loss"]](),
-        accumulate_grad_batches=2,
-        devices=2,
-        strategy="ddp",
-    )
+    two = {"accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp"}
+    weights = {name: train(job["model"], job["prompts"], Path(job["folder"]), name, **two) for name in LOSSES}
+    weights["kto offline"] = train(job["model"], "", Path(job["folder"]), "kto", offline=job["pairs"], **two)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         torch.save(weights, Path(job["folder"]) / "split.pt")

@@ -34,19 +34,19 @@ class TestLogps:
         plain = (
             (policy.lm(tokens).logits[:, :-1] / temperature).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         )
-        torch.testing.assert_close(policy(tokens, mask, temperature), plain * mask, rtol=0, atol=1e-12)
+        torch.testing.assert_close(policy(tokens, mask, temperature)[0], plain * mask, rtol=0, atol=1e-12)
 
     def test_padding_changes_nothing(self, model: str):
         policy = load_policy(model).double()
         tokens, mask = batch()
-        short = policy(tokens[1:, :3], mask[1:, :2])
-        torch.testing.assert_close(policy(tokens, mask)[1, :2], short[0], rtol=0, atol=1e-12)
+        short, _ = policy(tokens[1:, :3], mask[1:, :2])
+        torch.testing.assert_close(policy(tokens, mask)[0][1, :2], short[0], rtol=0, atol=1e-12)
 
     def test_gradient_equals_that_of_plain_log_softmax_in_any_chunks(self, monkeypatch: pytest.MonkeyPatch, model: str):
         monkeypatch.setattr("lit_grpo.logprobs.CHUNK_LOGITS", 16 * 2)
         ours, plain = load_policy(model).double(), load_policy(model).double()
         tokens, mask = batch()
-        ours(tokens, mask).square().sum().backward()
+        ours(tokens, mask)[0].square().sum().backward()
         logits = plain.lm(tokens).logits[:, :-1]
         (logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask).square().sum().backward()
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
@@ -55,7 +55,7 @@ class TestLogps:
     def test_softcap(self):
         head = torch.nn.Linear(4, 7, bias=False).double()
         hidden, tokens = torch.randn(1, 3, 4, dtype=torch.float64), torch.tensor([[1, 2, 3]])
-        found = completion_logps(hidden, tokens, torch.ones(1, 2).bool(), head, softcap=0.5)
+        found, _ = completion_logps(hidden, tokens, torch.ones(1, 2).bool(), head, softcap=0.5)
         plain = (
             (0.5 * torch.tanh(head(hidden[:, :-1]) / 0.5)).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         )
@@ -63,7 +63,7 @@ class TestLogps:
 
     def test_no_completion_token_at_all(self, model: str):
         tokens, _ = batch()
-        assert not load_policy(model)(tokens, torch.zeros(2, 5).bool()).any()
+        assert not load_policy(model)(tokens, torch.zeros(2, 5).bool())[0].any()
 
 
 class TestPolicy:
@@ -76,13 +76,13 @@ class TestPolicy:
         policy = load_policy(str(tmp_path))
         assert policy.training
         tokens, mask = batch()
-        assert torch.equal(policy(tokens, mask), policy(tokens, mask))
+        assert torch.equal(policy(tokens, mask)[0], policy(tokens, mask)[0])
 
     def test_gradient_checkpointing_gives_the_same_gradient(self, model: str):
         plain, checkpointed = load_policy(model), load_policy(model, gradient_checkpointing=True)
         assert checkpointed.lm.is_gradient_checkpointing
         for policy in (plain, checkpointed):
-            policy(*batch()).sum().backward()
+            policy(*batch())[0].sum().backward()
         for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
 

@@ -1,7 +1,8 @@
 """Data modules and the types that travel from them to the loss."""
 
 from lit_grpo.data.base import PromptData, RewardFn
-from lit_grpo.data.preferences import Demonstrations, PreferenceData
+from lit_grpo.data.layouts import Preferences
+from lit_grpo.data.preferences import PreferenceData
 from lit_grpo.data.prompts import Source
 from lit_grpo.data.rollouts import RolloutData
 from lit_grpo.data.types import Batch, Completion, Group, Sample
@@ -9,9 +10,9 @@ from lit_grpo.data.types import Batch, Completion, Group, Sample
 __all__ = [
     "Batch",
     "Completion",
-    "Demonstrations",
     "Group",
     "PreferenceData",
+    "Preferences",
     "PromptData",
     "RewardFn",
     "RolloutData",

@@ -70,6 +70,8 @@ class PromptData(L.LightningDataModule):
         self.template, self.chat_template, self.max_prompt_tokens = template, chat_template, max_prompt_tokens
         self.prompts: dict[str, list[Prompt]] = {}
         self.loaders: dict[str, FilledLoader[Any]] = {}
+        self.stats: dict[str, float] = {}
+        """What there is to log about the data of the epoch that begins."""
         self.samples: list[Sample] = []
         """The latest samples of this rank, scored."""
 

@@ -19,7 +19,13 @@ class Row:
 
     prompt_ids: list[int]
     completion: Completion
-    advantage: float
+    advantage: float | list[float]
+    """A list for a sum of losses, each of which has its own."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has no advantage."""
+        return not any(self.advantage) if isinstance(self.advantage, list) else not self.advantage
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion.token_ids)
@@ -35,7 +41,7 @@ def checked_select(loss: Loss, rewards: torch.Tensor) -> tuple[torch.Tensor, tor
     if not (isinstance(selected, tuple) and len(selected) == 2 and all(isinstance(x, torch.Tensor) for x in selected)):
         raise UserError(f"model.loss: {name}.select returned {type(selected).__name__}, expected (index, advantages).")
     index, advantages = selected
-    if index.shape != advantages.shape or index.ndim != 2 or len(index) != groups or index.shape[1] == 0:
+    if index.shape != advantages.shape[:2] or index.ndim != 2 or len(index) != groups or index.shape[1] == 0:
         raise UserError(
             f"model.loss: {name}.select returned an index of shape {list(index.shape)} and advantages of shape"
             f" {list(advantages.shape)} for {groups} groups; expected [{groups}, K] both, K at least 1."
@@ -46,20 +52,51 @@ def checked_select(loss: Loss, rewards: torch.Tensor) -> tuple[torch.Tensor, tor
             f" {rewards.shape[1] - 1}; got {index[0].tolist()} ({index.dtype}) for the first group."
         )
     if not advantages.float().isfinite().all():
-        worst = rewards[(~advantages.float().isfinite()).any(-1)][0].tolist()
+        worst = rewards[(~advantages.float().isfinite()).flatten(1).any(-1)][0].tolist()
         raise UserError(f"model.loss: {name}.select made advantages that are not finite from the rewards {worst}.")
     return index, advantages
 
 
-def select_rows(groups: Sequence[Group], loss: Loss) -> list[Row]:
-    """Rows of all groups in order, K per group, as ``loss.select`` chose them."""
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    index, advantages = checked_select(loss, rewards)
-    return [
+def make_rows(groups: Sequence[Group], index: torch.Tensor, advantages: torch.Tensor, loss: Loss) -> list[Row]:
+    """Rows of all groups in order, K per group, from what ``loss.select`` returned for them."""
+    rows = [
         Row(group.prompt_ids, group.completions[i], advantage)
         for group, indices, row_advantages in zip(groups, index.tolist(), advantages.tolist(), strict=True)
         for i, advantage in zip(indices, row_advantages, strict=True)
     ]
+    if loss.masks_truncated:
+        for row in rows:
+            if row.completion.truncated:
+                row.advantage = [0.0] * advantages.shape[2] if advantages.ndim == 3 else 0.0
+    return rows
+
+
+def selection_stats(advantages: torch.Tensor) -> dict[str, float]:
+    """Mean and standard deviation of advantages ``[P, K]``, and the share of groups in which any is not 0."""
+    return {
+        "advantage_mean": advantages.mean().item(),
+        "advantage_std": advantages.std(correction=0).item(),
+        "informative_share": (advantages != 0).flatten(1).any(-1).double().mean().item(),
+    }
+
+
+def mismatched_rows(rows: Sequence[Row]) -> list[Row]:
+    """Each row's prompt with the completion of the next row that has another prompt, going round at the end.
+
+    Raises:
+        UserError: if all rows have the same prompt.
+    """
+    if all(row.prompt_ids == rows[0].prompt_ids for row in rows):
+        raise UserError(
+            "model.loss: its KL baseline needs completions of other prompts, but one step has a single prompt on this"
+            " process. Raise data.init_args.prompts_per_phase (or batch_size) until every process has two or more."
+        )
+    mismatched = []
+    for i, row in enumerate(rows):
+        later = itertools.chain(rows[i + 1 :], rows[:i])
+        other = next(candidate for candidate in later if candidate.prompt_ids != row.prompt_ids)
+        mismatched.append(Row(row.prompt_ids, Completion(other.completion.token_ids), 0.0))
+    return mismatched
 
 
 def micro_batches(rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bool = False) -> list[list[Row]]:
@@ -86,8 +123,8 @@ def micro_batches(rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bo
         return max(len(row) for row in unit)
 
     if drop_zeros:
-        kept = [u for u in units if any(row.advantage != 0 for row in u)]
-        zeros = sorted((u for u in units if all(row.advantage == 0 for row in u)), key=length)
+        kept = [u for u in units if not all(row.silent for row in u)]
+        zeros = sorted((u for u in units if all(row.silent for row in u)), key=length)
         units = kept + zeros[: max(0, count - len(kept))]
     units.sort(key=length, reverse=True)
     tokens = torch.tensor([length(u) for u in units]).cumsum(0)
@@ -106,13 +143,56 @@ def collate(
     width = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    sampled = rows[0].completion.logps is not None
-    sampler_logps = torch.zeros(len(rows), width - 1) if sampled else None
     for i, row in enumerate(rows):
-        start = len(row.prompt_ids)
         tokens[i, : len(row)] = torch.tensor(row.prompt_ids + row.completion.token_ids)
-        mask[i, start - 1 : len(row) - 1] = True
-        if sampler_logps is not None:
-            sampler_logps[i, start - 1 : len(row) - 1] = torch.tensor(row.completion.logps)
-    advantages = torch.tensor([row.advantage for row in rows])
-    return Batch(tokens, mask, advantages, sampler_logps, on_policy, temperature, total_rows, total_tokens)
+        mask[i, len(row.prompt_ids) - 1 : len(row) - 1] = True
+
+    def logps(values: list[list[float] | None]) -> torch.Tensor | None:
+        if any(v is None for v in values):
+            return None
+        flat = torch.tensor([x for v in values if v is not None for x in v])
+        return torch.zeros(mask.shape).masked_scatter(mask, flat)
+
+    return Batch(
+        tokens,
+        mask,
+        torch.tensor([row.advantage for row in rows]),
+        logps([row.completion.logps for row in rows]),
+        on_policy,
+        temperature,
+        total_rows,
+        total_tokens,
+        logps([row.completion.ref_logps for row in rows]),
+    )
+
+
+def step_batches(
+    rows: Sequence[Row],
+    count: int,
+    loss: Loss,
+    total_rows: int,
+    total_tokens: int,
+    mismatched: Sequence[Row] | None,
+    on_policy: bool = False,
+    temperature: float = 1.0,
+) -> list[Batch]:
+    """The micro-batches of one optimizer step on this process.
+
+    Args:
+        rows: of this process.
+        count: micro-batches.
+        loss: which decides what stays together and what is left out.
+        total_rows: of all processes.
+        total_tokens: of all processes.
+        mismatched: see :func:`mismatched_rows`; None where the loss does not need them.
+        on_policy: see :class:`~lit_grpo.data.types.Batch`.
+        temperature: the same.
+    """
+
+    def collated(parts: list[list[Row]]) -> list[Batch]:
+        return [collate(part, total_rows, total_tokens, on_policy, temperature) for part in parts]
+
+    batches = collated(micro_batches(rows, count, loss.unit, loss.drops_zero_advantages))
+    if mismatched is not None:
+        batches[0].mismatched = collated(micro_batches(mismatched, count))
+    return batches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,37 +10,38 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import PromptData
-from lit_grpo.data.collate import checked_select, collate, micro_batches, select_rows
-from lit_grpo.data.prompts import Source, load_prompts, load_rows
+from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
+from lit_grpo.data.layouts import Example, Preferences, read_examples
+from lit_grpo.data.prompts import as_messages, check_templates, encode_prompt
 from lit_grpo.data.types import Batch, Completion, Group
 from lit_grpo.errors import UserError
 
 
-@dataclass
-class Demonstrations(Source):
-    """A source whose rows also hold a completion."""
-
-    answer: str | None = None
-    """Not used in training."""
-
-    completion: str = "completion"
-    """Column of the text that followed the prompt."""
-
-
 class PreferenceData(PromptData):
-    """Completions of a file, as groups of one scored 1.
+    """Pairs, labelled completions or demonstrations of a file, as groups scored 1 and 0.
 
     Args:
-        train: prompts with completions.
+        train: prompts with completions; its columns say of which kind.
         batch_size: groups of one optimizer step, over all processes; a last incomplete step of an epoch is left out.
             Each step takes ``trainer.accumulate_grad_batches`` micro-batches per process.
+        max_completion_tokens: longer completions are cut off there, on both sides of a pair alike.
         held_out_and_reward: arguments of :class:`~lit_grpo.data.base.PromptData`.
     """
 
-    def __init__(self, train: Demonstrations, batch_size: int = 64, **held_out_and_reward: Any) -> None:
+    def __init__(
+        self,
+        train: Preferences,
+        batch_size: int = 64,
+        max_completion_tokens: int | None = None,
+        **held_out_and_reward: Any,
+    ) -> None:
         super().__init__(**held_out_and_reward)
-        self.train, self.batch_size = train, batch_size
-        self.groups: list[Group] = []
+        if max_completion_tokens is not None and max_completion_tokens < 1:
+            raise UserError(
+                f"data.init_args.max_completion_tokens: expected a whole number >= 1, got {max_completion_tokens}."
+            )
+        self.train, self.batch_size, self.max_completion_tokens = train, batch_size, max_completion_tokens
+        self.kind, self.groups = "", list[Group]()
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -50,41 +50,80 @@ class PreferenceData(PromptData):
         super().setup(stage)
 
     def load_groups(self) -> list[Group]:
-        """Tokenise prompts and completions apart, so that no token spans both; completions end with the EOS token."""
-        module, key = self.trainer.lightning_module, "data.init_args.train"
-        prompts = load_prompts(self.train, key, module.tokenizer, self.template, self.chat_template)
-        rows = load_rows(self.train, [self.train.completion], key)
-        groups = []
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            if self.max_prompt_tokens is not None and len(prompt.token_ids) > self.max_prompt_tokens:
-                continue
-            completion = row[self.train.completion]
-            if not isinstance(completion, str):
-                raise UserError(
-                    f"{key}.completion: row {i} of {self.train.path!r} holds {completion!r} in column"
-                    f" {self.train.completion!r}, expected text."
-                )
-            ids = [*module.tokenizer(completion, add_special_tokens=False)["input_ids"], module.tokenizer.eos_token_id]
-            if (length := len(prompt.token_ids) + len(ids)) > module.context:
-                raise UserError(
-                    f"{key}: row {i} of {self.train.path!r} has {length} tokens, beyond the model's context of"
-                    f" {module.context}. Drop or shorten it."
-                )
-            groups.append(Group(prompt.token_ids, [Completion(ids)], [1.0]))
-        if left_out := len(prompts) - len(groups):
-            limit = self.max_prompt_tokens
-            rank_zero_info(f"{key}: left out {left_out} of {len(prompts)} prompts, longer than {limit} tokens")
+        """Tokenise prompts and completions apart, so that no token spans both; leave out what cannot train."""
+        key, limit = "data.init_args.train", self.max_prompt_tokens
+        check_templates(self.template, self.chat_template, self.trainer.lightning_module.tokenizer)
+        examples, self.kind = read_examples(self.train, key)
+        groups, long, alike = [], 0, 0
+        for i, example in enumerate(examples):
+            group = self.encode(example, f"{key}: row {i} of {self.train.path!r}")
+            ids = [completion.token_ids for completion in group.completions]
+            if limit is not None and len(group.prompt_ids) > limit:
+                long += 1
+            elif len(ids) == 2 and ids[0] == ids[1]:
+                alike += 1
+            else:
+                groups.append(group)
+        rank_zero_info(f"{key}: read {len(examples)} {self.kind}")
+        if long:
+            rank_zero_info(f"{key}: left out {long} with prompts longer than {limit} tokens")
+        if alike:
+            rank_zero_info(f"{key}: left out {alike} pairs whose two sides are the same")
         return groups
 
-    def check_sizes(self) -> None:
-        """Refuse sizes that do not come out even, and losses that cannot train on single completions."""
-        loss = self.trainer.lightning_module.loss
-        try:
-            checked_select(loss, torch.ones(1, 1))
-        except UserError as error:
+    def encode(self, example: Example, where: str) -> Group:
+        """Token ids of one row. Completions end with a stop token, unless they were cut off.
+
+        Raises:
+            UserError: if the row does not fit the settings or the model.
+        """
+        module, limit = self.trainer.lightning_module, self.max_completion_tokens
+        _, prompt_ids = encode_prompt(example.prompt, where, module.tokenizer, self.template, self.chat_template)
+        completions = []
+        for completion in example.completions:
+            ids = self.completion_ids(example.prompt, completion, where)
+            truncated = limit is not None and len(ids) > limit
+            completions.append(Completion(ids[:limit], truncated=truncated))
+        longest = len(prompt_ids) + max(len(c.token_ids) for c in completions)
+        if longest > module.context:
             raise UserError(
-                f"model.loss: {type(loss).__name__} cannot train on demonstrations, which are groups of one. Use SFT."
-            ) from error
+                f"{where} has {longest} tokens, beyond the model's context of {module.context}. Drop or shorten it, or"
+                " set data.init_args.max_prompt_tokens and max_completion_tokens."
+            )
+        return Group(prompt_ids, completions, example.rewards)
+
+    def completion_ids(self, prompt: Any, completion: Any, where: str) -> list[int]:
+        """Token ids of one completion as the policy would have to write it."""
+        module = self.trainer.lightning_module
+        tokenizer = module.tokenizer
+        if self.chat_template:
+            if isinstance(prompt, str):
+                prompt = self.template.replace("{prompt}", prompt)
+            prompt = as_messages(prompt, "user")
+            begin = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template([*prompt, *as_messages(completion, "assistant")], tokenize=False)
+            if not whole.startswith(begin):
+                raise UserError(
+                    f"{where}: with its completion, the chat template writes the prompt otherwise than without:"
+                    f" {whole!r} does not begin with {begin!r}. Use another tokenizer.chat_template."
+                )
+            text = whole[len(begin) :]
+        elif isinstance(completion, str):
+            text = completion
+        else:
+            raise UserError(
+                f"{where} has a completion of type {type(completion).__name__}, expected text. If these are chat"
+                " messages, set data.init_args.chat_template to true."
+            )
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        stops = [i for i, token in enumerate(ids) if token in module.stop_token_ids]
+        if stops and not tokenizer.decode(ids[stops[-1] + 1 :]).strip():  # templates put a newline after the stop token
+            return ids[: stops[-1] + 1]
+        return [*ids, tokenizer.eos_token_id]
+
+    def check_sizes(self) -> None:
+        """Refuse sizes that do not come out even, and losses that cannot train on these groups; note statistics."""
+        loss = self.trainer.lightning_module.loss
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         self.check_limits(len(self.groups), accumulate)
         if self.batch_size < 1 or self.batch_size % world or self.batch_size // world < accumulate:
@@ -98,6 +137,18 @@ class PreferenceData(PromptData):
                 f"data.init_args.batch_size: {self.batch_size} groups per step, but of {self.train.path!r} only"
                 f" {len(self.groups)} are left. Lower it, or raise max_prompt_tokens if it is set."
             )
+        try:
+            _, advantages = checked_select(loss, torch.tensor([group.rewards for group in self.groups]))
+        except UserError as error:
+            raise UserError(
+                f"model.loss: {type(loss).__name__} cannot train on the {self.kind} of {self.train.path!r}, groups of"
+                f" {len(self.groups[0].rewards)}. Single completions train with SFT, KTO or APOZero. ({error})"
+            ) from error
+        completions = [completion for group in self.groups for completion in group.completions]
+        self.stats = selection_stats(advantages) | {
+            "completion_tokens": sum(len(c.token_ids) for c in completions) / len(completions),
+            "truncated_share": sum(c.truncated for c in completions) / len(completions),
+        }
 
     def train_dataloader(self) -> Any:
         return OfflineLoader(self)
@@ -119,13 +170,17 @@ class OfflineLoader:
         order = np.random.default_rng((data.seed, trainer.current_epoch)).permutation(len(data.groups))
         for step in range(self.steps):
             groups = [data.groups[i] for i in order[step * data.batch_size : (step + 1) * data.batch_size]]
-            rows = select_rows(groups, loss)
+            rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+            rows = make_rows(groups, *checked_select(loss, rewards), loss)
+            mismatched = mismatched_rows(rows) if loss.needs_kl_baseline else None
             total_tokens = sum(len(row.completion.token_ids) for row in rows)
             per_group = len(rows) // len(groups)
-            mine = [
-                row
-                for g in range(trainer.global_rank, len(groups), world)
-                for row in rows[g * per_group : (g + 1) * per_group]
-            ]
-            for part in micro_batches(mine, trainer.accumulate_grad_batches, loss.unit, loss.drops_zero_advantages):
-                yield collate(part, len(rows), total_tokens)
+            mine = [g * per_group + k for g in range(trainer.global_rank, len(groups), world) for k in range(per_group)]
+            yield from step_batches(
+                [rows[i] for i in mine],
+                trainer.accumulate_grad_batches,
+                loss,
+                len(rows),
+                total_tokens,
+                mismatched and [mismatched[i] for i in mine],
+            )

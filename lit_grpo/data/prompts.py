@@ -42,16 +42,15 @@ class Prompt:
     answer: str
 
 
-def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, Any]]:
-    """The wanted columns of all rows.
+def open_data(source: Source, key: str) -> Any:
+    """The data set of a source, whole.
 
     Args:
         source: where to look.
-        columns: which must exist and hold a value in every row.
         key: the YAML key of the source, for messages.
 
     Raises:
-        UserError: if the data set cannot be read, is empty, lacks a column, or has an empty cell.
+        UserError: if it cannot be read or is empty.
     """
     from datasets import Dataset, load_dataset  # takes a second to import
 
@@ -80,6 +79,15 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
         ) from error
     if not len(data):
         raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.")
+    return data
+
+
+def checked_rows(data: Any, columns: list[str], source: Source, key: str) -> list[dict[str, Any]]:
+    """The wanted columns of all rows of a data set.
+
+    Raises:
+        UserError: if it lacks one of the columns, or has an empty cell there.
+    """
     if missing := [column for column in columns if column not in data.column_names]:
         raise UserError(
             f"{key}: {source.path!r} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. Name the"
@@ -100,6 +108,52 @@ def load_rows(source: Source, columns: list[str], key: str) -> list[dict[str, An
     return rows
 
 
+def encode_prompt(
+    content: Any, where: str, tokenizer: Any, template: str, chat_template: bool
+) -> tuple[str, list[int]]:
+    """The text of a prompt and its token ids.
+
+    Args:
+        content: text, put into the template; or a list of chat messages.
+        where: the row, for messages.
+        tokenizer: of the policy.
+        template: text in which ``{prompt}`` is replaced by the row's text.
+        chat_template: whether to wrap the prompt in the tokenizer's chat template.
+
+    Raises:
+        UserError: if the kind of the prompt does not fit, or it has no tokens.
+    """
+    if not isinstance(content, str) and not chat_template:
+        raise UserError(
+            f"{where} holds {type(content).__name__}, expected text. If these are chat messages, set"
+            " data.init_args.chat_template to true."
+        )
+    if isinstance(content, str):
+        content = template.replace("{prompt}", content)
+    text = content
+    if chat_template:
+        text = tokenizer.apply_chat_template(as_messages(content, "user"), tokenize=False, add_generation_prompt=True)
+    token_ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
+    if not token_ids:
+        raise UserError(f"{where} has no tokens: {text!r}.")
+    return text, token_ids
+
+
+def as_messages(content: Any, role: str) -> list[dict[str, str]]:
+    """Text as one chat message of a role; messages as they are."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def check_templates(template: str, chat_template: bool, tokenizer: Any) -> None:
+    """Refuse a template without a place for the prompt, and a chat template that is not there."""
+    if "{prompt}" not in template:
+        raise UserError(f"data.init_args.template: expected a text that contains {{prompt}}, got {template!r}.")
+    if chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "data.init_args.chat_template: is true, but the model's tokenizer has no chat template. Set it to false."
+        )
+
+
 def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_template: bool) -> list[Prompt]:
     """All prompts of a source as token ids.
 
@@ -111,31 +165,13 @@ def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_t
         chat_template: whether to wrap the prompt in the tokenizer's chat template.
 
     Raises:
-        UserError: as :func:`load_rows`, and if the template or the kind of a prompt does not fit.
+        UserError: as :func:`open_data`, :func:`checked_rows`, :func:`check_templates` and :func:`encode_prompt`.
     """
-    if "{prompt}" not in template:
-        raise UserError(f"data.init_args.template: expected a text that contains {{prompt}}, got {template!r}.")
-    if chat_template and not tokenizer.chat_template:
-        raise UserError(
-            "data.init_args.chat_template: is true, but the model's tokenizer has no chat template. Set it to false."
-        )
+    check_templates(template, chat_template, tokenizer)
     columns = [source.prompt] + ([source.answer] if source.answer else [])
     prompts = []
-    for i, row in enumerate(load_rows(source, columns, key)):
-        content = row[source.prompt]
-        if not isinstance(content, str) and not chat_template:
-            raise UserError(
-                f"{key}.prompt: row {i} of {source.path!r} holds {type(content).__name__} in column {source.prompt!r},"
-                " expected text. If these are chat messages, set data.init_args.chat_template to true."
-            )
-        if isinstance(content, str):
-            content = template.replace("{prompt}", content)
-        text = content
-        if chat_template:
-            messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        token_ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
-        if not token_ids:
-            raise UserError(f"{key}: row {i} of {source.path!r} has no tokens: {text!r}.")
+    for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key)):
+        where = f"{key}.prompt: row {i} of {source.path!r}, column {source.prompt!r},"
+        text, token_ids = encode_prompt(row[source.prompt], where, tokenizer, template, chat_template)
         prompts.append(Prompt(text, token_ids, str(row[source.answer]) if source.answer else ""))
     return prompts

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
-from lit_grpo.data.collate import checked_select, collate, micro_batches, select_rows
+from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.engines.base import Engine, Sampling
@@ -95,44 +95,47 @@ class RolloutData(PromptData):
         }
         return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in positions]
 
-    def collect(self, engine: Engine, sampling: Sampling, phase: int) -> dict[str, float]:
-        """Sample and score a phase's rollouts, this rank's share, and fill the train loader.
-
-        Returns:
-            What happened, for the log: mean reward, share of informative groups, lengths, seconds, ...
-        """
+    def collect(self, engine: Engine, sampling: Sampling, phase: int) -> None:
+        """Sample and score a phase's rollouts, this rank's share, and fill the train loader and ``stats``."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         loss, accumulate = self.trainer.lightning_module.loss, self.trainer.accumulate_grad_batches
         prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
         groups, stats = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
 
-        rows = select_rows(groups, loss)
-        if len(rows) != len(groups) * self.rows_per_prompt:
+        strategy = self.trainer.strategy
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+        everyone = strategy.all_gather(rewards.to(strategy.root_device)).cpu().reshape(world, *rewards.shape)
+        index, advantages = checked_select(loss, everyone.transpose(0, 1).flatten(0, 1))  # in the order of the prompts
+        if index.shape[1] != self.rows_per_prompt:
             raise UserError(
-                f"model.loss: {type(loss).__name__}.select chose {len(rows)} rows of {len(groups)} groups, but"
-                f" {self.rows_per_prompt} of each before. Their number may depend on the group size only."
+                f"model.loss: {type(loss).__name__}.select chose {index.shape[1]} rows of each group, but"
+                f" {self.rows_per_prompt} before. Their number may depend on the group size only."
             )
+        rows = make_rows(groups, index[rank::world], advantages[rank::world], loss)
         per_update = len(rows) // self.updates_per_phase
         updates = [rows[i : i + per_update] for i in range(0, len(rows), per_update)]
         tokens = torch.tensor([sum(len(row.completion.token_ids) for row in update) for update in updates])
-        strategy = self.trainer.strategy
         total_tokens = strategy.reduce(tokens.to(strategy.root_device), reduce_op="sum").tolist()
-        parts = [
-            (u, part)
+        batches = [
+            batch
             for u, update in enumerate(updates)
-            for part in micro_batches(update, accumulate, loss.unit, loss.drops_zero_advantages)
+            for batch in step_batches(
+                update,
+                accumulate,
+                loss,
+                per_update * world,
+                total_tokens[u],
+                mismatched_rows(update) if loss.needs_kl_baseline else None,
+                u == 0,
+                sampling.temperature,
+            )
         ]
-        self.loaders["train"].fill(
-            [collate(part, per_update * world, total_tokens[u], u == 0, sampling.temperature) for u, part in parts]
-        )
-
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-        informative = torch.tensor([row.advantage != 0 for row in rows]).view(len(groups), -1).any(-1)
-        return stats | {
+        self.loaders["train"].fill(batches)
+        self.stats = stats | {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(-1, correction=0).mean().item(),
-            "informative_share": informative.double().mean().item(),
-            "trained_share": sum(len(part) for _, part in parts) / len(rows),
+            **selection_stats(advantages),
+            "trained_share": sum(len(batch.tokens) for batch in batches) / len(rows),
             "completion_tokens": stats["tokens"] / len(self.samples),
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),
         }

@@ -2,7 +2,7 @@
 
 A *prompt* becomes a *group* of completions with rewards; groups become the rows of a *batch*. Online, the engine wrote
 the completions and a reward function scored them. Offline, somebody else did: a preference pair is a group of two
-scored 1 and 0, a demonstration is a group of one scored 1.
+scored 1 and 0, a labelled completion is a group of one scored 1 or 0, a demonstration is a group of one scored 1.
 
 Example: the prompt ``12+34=`` and two completions ``46<eos>`` and ``40<eos>``, of which the first is right::
 
@@ -33,7 +33,10 @@ class Completion:
     """The sampler's log-prob of each token, at the sampling temperature. None where nobody sampled (offline data)."""
 
     truncated: bool = False
-    """True if the engine stopped at ``max_tokens`` and not at an end-of-sequence id."""
+    """True if it was cut off at a limit and not by an end-of-sequence id."""
+
+    ref_logps: list[float] | None = None
+    """The reference's log-prob of each token, where it was computed beforehand."""
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Batch:
     """[N, T - 1] bool, True where token t + 1 belongs to the completion."""
 
     advantages: Tensor
-    """[N] float, signed: what the loss made of the rewards."""
+    """[N] float, signed: what the loss made of the rewards; [N, L] for a sum of L losses."""
 
     sampler_logps: Tensor | None
     """[N, T - 1] float, 0 outside the mask. None for data that nobody sampled."""
@@ -91,6 +94,13 @@ class Batch:
     total_tokens: int
     """Completion tokens of the same rows."""
 
+    ref_logps: Tensor | None = None
+    """[N, T - 1] float, 0 outside the mask: of the reference, where they were computed beforehand."""
+
+    mismatched: list[Batch] | None = None
+    """On the first micro-batch of a step, where the loss wants ``kl_baseline``: prompts of the step with completions of
+    other prompts."""
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device; Lightning calls this."""
 
@@ -103,4 +113,6 @@ class Batch:
             mask=move(self.mask),
             advantages=move(self.advantages),
             sampler_logps=None if self.sampler_logps is None else move(self.sampler_logps),
+            ref_logps=None if self.ref_logps is None else move(self.ref_logps),
+            mismatched=self.mismatched and [batch.to(device, non_blocking) for batch in self.mismatched],
         )

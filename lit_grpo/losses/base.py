@@ -13,7 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum"]
+from lit_grpo.errors import UserError
+from lit_grpo.losses.schedules import Schedule
+
+Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum", "constant"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-20 before they are exponentiated, so that no token makes an infinite loss."""
 
 
 @dataclass
@@ -35,6 +41,20 @@ class LossInputs:
     ref_logps: Tensor | None = None
     """[N, T] log-probs of the frozen reference; present if ``Loss.needs_reference``."""
 
+    sampler_logps: Tensor | None = None
+    """[N, T] log-probs as the engine computed them; None for data that nobody sampled."""
+
+    entropy: Tensor | None = None
+    """[N, T] entropy of the policy's distribution of each token, in nats, with gradient; present if
+    ``Loss.needs_entropy``."""
+
+    kl_baseline: Tensor | None = None
+    """Scalar: mean log-ratio to the reference of prompts with completions of *other* prompts, over the whole step;
+    present if ``Loss.needs_kl_baseline``."""
+
+    step: int = 0
+    """Optimizer steps made so far: what schedules read."""
+
     total_rows: int = 0
     """Rows of the whole optimizer step: all micro-batches, all ranks, dropped rows included. 0: just the rows here."""
 
@@ -48,13 +68,16 @@ class LossInputs:
 
 @dataclass
 class LossOutput:
-    """What ``Loss.forward`` returns. Both parts are this micro-batch's *share* of the optimizer step."""
+    """What ``Loss.forward`` returns."""
 
     loss: Tensor
-    """Scalar. Summed over the step's micro-batches and ranks it is the loss of the step."""
+    """Scalar, this micro-batch's *share* of the optimizer step: summed over the step's micro-batches and ranks it is
+    the loss of the step."""
 
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalars that add up over the step in the same way."""
+    metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Detached, logged as ``train/NAME`` per phase. A pair (sum, count), as :func:`mean_over` makes it, is a mean over
+    whatever was counted; a scalar is a mean over micro-batches, or the smallest or largest if its name ends with
+    ``_min`` or ``_max``, or a share that is summed like ``loss`` if its name begins with ``loss``."""
 
 
 class Loss(nn.Module, ABC):
@@ -66,15 +89,25 @@ class Loss(nn.Module, ABC):
     needs_reference: bool = False
     """Whether ``forward`` reads ``ref_logps``; if not, the reference model is never loaded."""
 
+    needs_entropy: bool = False
+    """Whether ``forward`` reads ``entropy``."""
+
+    needs_kl_baseline: bool = False
+    """Whether ``forward`` reads ``kl_baseline``, which costs one more forward pass of policy and reference."""
+
     drops_zero_advantages: bool = False
     """Whether a row with advantage 0 has no gradient whatever its log-probs; such rows are not forwarded at all."""
+
+    masks_truncated: bool = False
+    """Whether completions cut off at ``max_tokens`` get advantage 0."""
 
     @abstractmethod
     def select(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the rows that train and their signed weight.
 
         Args:
-            rewards: ``[P, G]`` rewards of P whole groups.
+            rewards: ``[P, G]`` rewards of P whole groups: all that were sampled in a phase, or read for a step, by all
+                processes together.
 
         Returns:
             ``index [P, K]`` int64, which completions of each group train, and ``advantages [P, K]``. K depends on G
@@ -88,26 +121,34 @@ class Loss(nn.Module, ABC):
     def forward(self, inputs: LossInputs) -> LossOutput:
         """The micro-batch's share of the step's loss, divided by ``inputs.total_rows`` or ``inputs.total_tokens``."""
 
-
-def rounding(rewards: Tensor) -> Tensor:
-    """Difference of rewards ``[P, 1]`` that float32 alone may cause in groups ``[P, G]``: 1e-6 of the largest.
-
-    0.1 + 0.2 and 0.3 are the same reward.
-    """
-    return 1e-6 * rewards.abs().amax(-1, keepdim=True)
+    def extra_repr(self) -> str:
+        """Settings, as a run prints them when it starts."""
+        settings = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str | Schedule)}
+        return ", ".join(f"{k}={v}" for k, v in settings.items() if k[0] != "_" and k not in HIDDEN)
 
 
-def aggregate(values: Tensor, inputs: LossInputs, how: Aggregation) -> Tensor:
+HIDDEN = {"training", "needs_reference", "needs_entropy", "drops_zero_advantages"}
+
+
+def all_rows(rewards: Tensor) -> Tensor:
+    """The index ``[P, G]`` that selects every completion of groups ``[P, G]``."""
+    return torch.arange(rewards.shape[1], device=rewards.device).expand_as(rewards)
+
+
+def aggregate(values: Tensor, inputs: LossInputs, how: Aggregation, length: int | None = None) -> Tensor:
     """Reduce per-token values ``[N, T]`` to this micro-batch's share of the step's mean.
 
     - ``sequence_mean``: mean over each completion's tokens, then over completions (the GRPO paper, arXiv 2402.03300).
     - ``token_mean``: mean over all completion tokens of the step (DAPO, arXiv 2503.14476).
     - ``sequence_sum``: sum over each completion's tokens, then mean over completions.
+    - ``constant``: the sum divided by completions times ``length``, the same for all (Dr. GRPO, arXiv 2503.20783).
 
     >>> inputs = LossInputs(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(), torch.ones(2))
     >>> values = torch.tensor([[1.0, 3.0, 9.0], [2.0, 2.0, 5.0]])
     >>> [round(aggregate(values, inputs, how).item(), 3) for how in ("sequence_mean", "token_mean", "sequence_sum")]
     [2.5, 2.6, 6.5]
+    >>> aggregate(values, inputs, "constant", length=5)
+    tensor(1.3000)
     """
     values = torch.where(inputs.mask, values, 0)
     if how == "token_mean":
@@ -115,4 +156,34 @@ def aggregate(values: Tensor, inputs: LossInputs, how: Aggregation) -> Tensor:
     sequences = values.sum(-1)
     if how == "sequence_mean":
         sequences = sequences / inputs.mask.sum(-1).clamp(min=1)
+    if how == "constant":
+        assert length is not None
+        sequences = sequences / length
     return sequences.sum() / inputs.total_rows
+
+
+def mean_over(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """A metric: (sum, count) of the values where a boolean mask of the same shape holds, detached.
+
+    >>> mean_over(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([True, False, True]))
+    (tensor(5.), tensor(2))
+    """
+    return torch.where(where, values.detach(), 0).sum(), where.sum()
+
+
+def at_least(minimum: float, **settings: float | Schedule | None) -> None:
+    """Refuse settings of a loss which are below ``minimum``.
+
+    Raises:
+        UserError: naming the key and the value.
+    """
+    for key, value in settings.items():
+        if isinstance(value, int | float) and not value >= minimum:
+            raise UserError(f"model.loss.init_args.{key}: expected a number >= {minimum:g}, got {value}.")
+
+
+def above(minimum: float, **settings: float | Schedule) -> None:
+    """Refuse settings of a loss which are not above ``minimum``, as :func:`at_least`."""
+    for key, value in settings.items():
+        if isinstance(value, int | float) and not value > minimum:
+            raise UserError(f"model.loss.init_args.{key}: expected a number > {minimum:g}, got {value}.")
