@@ -5,8 +5,18 @@
 
 from callbacks.learning_curve import LearningCurve
 from callbacks.progress import PhaseProgress
+from callbacks.reference_cache import ReferenceCache
 from callbacks.rollout import HFRollout, Rollout, VLLMRollout
 from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
 
-__all__ = ["HFRollout", "LearningCurve", "PhaseProgress", "Rollout", "SampleTable", "SavePretrained", "VLLMRollout"]
+__all__ = [
+    "HFRollout",
+    "LearningCurve",
+    "PhaseProgress",
+    "ReferenceCache",
+    "Rollout",
+    "SampleTable",
+    "SavePretrained",
+    "VLLMRollout",
+]

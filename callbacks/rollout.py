@@ -95,7 +95,7 @@ class Rollout(L.Callback, ABC):
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what Lightning's sanity check found and would forget: the untrained policy, the curve's first point."""
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if scores else []:
             logger.log_metrics(scores, step=trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

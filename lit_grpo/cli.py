@@ -22,6 +22,7 @@ from callbacks import (  # noqa: F401
     HFRollout,
     LearningCurve,
     PhaseProgress,
+    ReferenceCache,
     Rollout,
     SampleTable,
     SavePretrained,

@@ -29,7 +29,10 @@ CONFIGS = Path("configs")
 
 
 def make_task(folder: Path, seed: int) -> None:
-    """Write the tokenizer, a random model, demonstrations, and the prompts to train on and to hold out.
+    """Write the tokenizer, a random model, the prompts to train on and to hold out, and offline data.
+
+    Offline data are demonstrations, right ones and unreliable ones; the same unreliable answers with labels; and pairs
+    of a right and a wrong answer.
 
     The problems are all sums of two numbers from 10 to 99; the held-out ones are in no other file.
     """
@@ -75,6 +78,14 @@ def make_task(folder: Path, seed: int) -> None:
             for a, b in draw.choices(problems[NUM_VAL:], k=NUM_DEMONSTRATIONS)
         ]
         write_jsonl(folder / f"{name}.jsonl", demonstrations)
+    answers = {row["prompt"]: row["answer"] for row in rows}
+    labels = [row | {"label": row["completion"] == answers[row["prompt"]]} for row in demonstrations]
+    write_jsonl(folder / "labels.jsonl", labels)
+    pairs = [
+        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + wrong(draw))}
+        for a, b in draw.choices(problems[NUM_VAL:], k=NUM_DEMONSTRATIONS)
+    ]
+    write_jsonl(folder / "pairs.jsonl", pairs)
 
 
 def wrong(draw: random.Random) -> int:
@@ -82,7 +93,7 @@ def wrong(draw: random.Random) -> int:
     return draw.choice((-1, 1)) * draw.choice((1, 2, 3, 10, 20, 30))
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

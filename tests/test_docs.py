@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
 
 from lit_grpo.__main__ import main
+from lit_grpo.data.base import RewardFn
+from lit_grpo.losses import Loss
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.md")])
 
 
 def blocks(language: str) -> list[object]:
@@ -23,7 +29,30 @@ def blocks(language: str) -> list[object]:
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_runs(code: str):
-    exec(compile(code, "documentation", "exec"), {"__name__": "documentation"})
+    exec(compile(code, "documentation", "exec"), {"__name__": "documentation", "torch": torch})
+
+
+def test_pages_of_losses_are_current_and_complete():
+    """Formula, knobs with defaults, metrics and reference are generated from the code; two sections are written."""
+    update = runpy.run_path(str(ROOT / "docs" / "losses" / "update.py"))
+    for path, page in update["pages"]().items():
+        assert path.exists(), f"python docs/losses/update.py begins {path.name}"
+        assert path.read_text() == page, f"{path.name} is not current: run python docs/losses/update.py"
+        for heading in ("When it is right", "When it carries no signal"):
+            text = re.search(rf"## {heading}\n(.*?)(?=\n##|<!--|\Z)", page, re.DOTALL)
+            assert path.name == "README.md" or (text and len(text[1].split()) > 5), f"{path.name}: {heading}"
+    assert {path.stem for path in (ROOT / "docs" / "losses").glob("*.md")} == {"README", *update["NAMES"]}
+
+
+@pytest.mark.parametrize("text", [p for p in blocks("yaml") if "losses" in str(p.id)])
+def test_yaml_of_the_pages_of_losses_makes_them(text: str):
+    parser = ArgumentParser()
+    parser.add_argument("--loss", type=Loss)
+    parser.add_argument("--reward", type=RewardFn)
+    found = yaml.safe_load(text)
+    config = {"loss": found["model"]["loss"]} if "model" in found else {"reward": found["data"]["init_args"]["reward"]}
+    made = parser.instantiate_classes(parser.parse_object(config))
+    assert isinstance(made.loss, Loss) if "loss" in config else callable(made.reward)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -38,9 +67,9 @@ def test_links_lead_somewhere(page: Path):
 
 
 def test_the_readmes_run_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "run.yaml").write_text(yaml)
-    assert len(yaml.splitlines()) <= 25
+    (run,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(run)
+    assert len(run.splitlines()) <= 25
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--config={tmp_path / 'run.yaml'}", "--print_config"])
     assert stop.value.code == 0
@@ -57,7 +86,7 @@ def test_losses_and_rewards_of_the_users_own_files_work(tmp_path: Path, monkeypa
     """The examples of the pages, in a folder of their own, named by their import path alone."""
     loss = (ROOT / "docs" / "adding_a_loss.md").read_text()
     reward = (ROOT / "docs" / "adding_a_reward.md").read_text()
-    (tmp_path / "my_loss.py").write_text(re.findall(r"```python\n(.*?)```", loss, re.DOTALL)[0])
+    (tmp_path / "my_loss.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", loss, re.DOTALL)))
     (tmp_path / "my_rewards.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", reward, re.DOTALL)))
     monkeypatch.chdir(tmp_path)
     main(
@@ -66,7 +95,7 @@ def test_losses_and_rewards_of_the_users_own_files_work(tmp_path: Path, monkeypa
             f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
             "--run_dir=run",
             f"--model.model={task / 'model'}",
-            "--model.loss=my_loss.Reinforce",
+            "--model.loss=my_loss.MeanBaseline",
             f"--data.train.path={task / 'train.jsonl'}",
             "--data.val=null",
             "--data.reward={class_path: my_rewards.Within, init_args: {distance: 10}}",

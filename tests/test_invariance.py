@@ -6,15 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import quiet_trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks import Rollout
+from callbacks import ReferenceCache, Rollout
 from lit_grpo.data import PreferenceData, Preferences, RolloutData, Sample, Source
 from lit_grpo.data.types import Completion
 from lit_grpo.engines import Engine, Sampling
@@ -88,6 +89,7 @@ def train(
     keep_zeros: bool = False,
     updates: int = 1,
     offline: str | None = None,
+    callbacks: Sequence[Callback] = (),
     **options,
 ) -> dict[str, Tensor]:
     """Weights after one phase of eight prompts, or after one step on eight pairs of a file."""
@@ -105,7 +107,7 @@ def train(
         )
     else:
         data = PreferenceData(Preferences(offline), batch_size=8)
-    quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12)], **options).fit(
+    quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12), *callbacks], **options).fit(
         module, datamodule=data
     )
     return {name: tensor.detach() for name, tensor in module.policy.state_dict().items()}
@@ -178,6 +180,9 @@ def test_processes_change_nothing(model: str, few_prompts: str, pairs: str, tmp_
         whole = train(model, few_prompts, tmp_path, loss)
         assert (furthest(whole, split[loss]) < 1e-12) == (loss != "kto"), loss
     assert furthest(train(model, "", tmp_path, "kto", offline=pairs), split["kto offline"]) < 1e-12
+    cached = ReferenceCache(str(tmp_path / "reference.safetensors"))  # holds float32
+    assert furthest(train(model, "", tmp_path, "dpo", offline=pairs), split["dpo cached"]) < 1e-6
+    assert furthest(train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[cached]), split["dpo cached"]) < 1e-12
 
 
 if __name__ == "__main__":
@@ -185,5 +190,9 @@ if __name__ == "__main__":
     two = {"accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp"}
     weights = {name: train(job["model"], job["prompts"], Path(job["folder"]), name, **two) for name in LOSSES}
     weights["kto offline"] = train(job["model"], "", Path(job["folder"]), "kto", offline=job["pairs"], **two)
+    cached = ReferenceCache(str(Path(job["folder"]) / "reference.safetensors"))
+    weights["dpo cached"] = train(
+        job["model"], "", Path(job["folder"]), "dpo", offline=job["pairs"], callbacks=[cached], **two
+    )
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         torch.save(weights, Path(job["folder"]) / "split.pt")

@@ -5,24 +5,26 @@ computes in the middle of generation, are its formulas, written down again with 
 
 Equal here, setting for setting:
 
-==============================================================  =====================================================
-TRL                                                             ours
-==============================================================  =====================================================
-GRPO ``grpo``, ``bnpo``, ``dapo``                               ``GRPO`` and ``DAPO`` with ``sequence_mean``, ``token_mean``
-``dr_grpo``, ``max_completion_length``                          ``DrGRPO``, ``length``
-``cispo``, ``epsilon_high``                                     ``CISPO``, ``max_ratio`` (a bound of the ratio in both)
-``importance_sampling_level="sequence"``; with ``luspo``        ``GSPO``; with ``sequence_sum``
-``delta``                                                       ``dual_clip``, if above ``1 + clip_high``
-``use_bias_correction_kl`` false, true                          ``kl`` ``k3``, ``k3_ratio``
-``vllm_importance_sampling_mode`` ``*_truncate``                ``tis_level``, ``tis_clip``
-``scale_rewards`` ``group``, ``batch``, ``none``                ``scale`` ``sample``, ``batch``, ``none`` with ``epsilon=1e-4``
-RLOO                                                            ``RLOO``
-DPO ``sigmoid``, ``robust``, ``sigmoid_norm``, ``hinge``        ``DPO``, ``Hinge``
-DPO ``ipo``; online DPO ``ipo``                                 ``IPO``; with ``log_ratios="sum"``
-CPO ``sigmoid`` with ``label_smoothing``                        ``DPO`` with ``label_smoothing``, reference 0
-KTO ``kto``, ``apo_zero_unpaired``                              ``KTO``, ``APOZero``
-CPO ``simpo``; ORPO                                             ``SimPO``; ``ORPO``
-==============================================================  =====================================================
+===========================================================  ===========================================================
+TRL                                                          ours
+===========================================================  ===========================================================
+GRPO ``grpo``; ``bnpo``, ``dapo``                            ``GRPO``; with ``aggregation="token_mean"``, ``DAPO``
+``dr_grpo`` with ``max_completion_length``                   ``DrGRPO`` with ``length``
+``cispo`` with ``epsilon_high``                              ``CISPO`` with ``max_ratio``
+``importance_sampling_level="sequence"``; with ``luspo``     ``GSPO``; with ``aggregation="sequence_sum"``
+``delta`` of at least ``1 + epsilon_high``                   ``dual_clip``
+``use_bias_correction_kl`` false, true                       ``kl`` ``k3``, ``k3_ratio``
+``entropy_coef`` with ``bnpo`` or ``dapo``                   ``entropy_bonus`` with ``aggregation="token_mean"``
+``vllm_importance_sampling_mode`` ``*_truncate``             ``tis_level`` with ``tis_clip``
+``scale_rewards`` ``group``, ``batch``, ``none``             ``scale`` ``sample``, ``batch``, ``none``; ``epsilon=1e-4``
+RLOO                                                         ``RLOO``
+DPO ``sigmoid``, ``robust``, ``sigmoid_norm``, ``hinge``     ``DPO``, ``Hinge``
+DPO ``ipo``; online DPO ``ipo``                              ``IPO``; with ``log_ratios="sum"``
+CPO ``sigmoid`` with ``label_smoothing``                     ``DPO`` with ``label_smoothing``, the reference's log-probs 0
+KTO ``kto``, ``apo_zero_unpaired``                           ``KTO``, ``APOZero``
+CPO ``simpo``                                                ``SimPO``
+ORPO, but for its likelihood term                            ``ORPO``
+===========================================================  ===========================================================
 
 Different on purpose:
 
@@ -34,19 +36,19 @@ Different on purpose:
   are dropped; online DPO trains on them as if the first were better.
 - Log-ratios are clamped to +-20 before they are exponentiated; TRL's are not.
 - KL. At the level of sequences TRL's correction multiplies k3 by the sequence's ratio, ``k3_ratio`` by each token's.
-  RLOO subtracts a k1 KL from the reward, ours adds an estimate to the loss. Default coefficients differ.
+  TRL's RLOO subtracts a k1 KL from the reward, ours adds an estimate to the loss.
 - Entropy. TRL's bonus is a mean over the tokens of a micro-batch whatever the loss; ours has the loss's aggregation.
-- ``delta`` bounds the ratio before the clip, ``dual_clip`` the loss after it: the same unless ``delta < 1 + clip_high``.
-- CISPO has no lower bound in either, but the default of ``epsilon_high`` is that of a clip.
+- ``delta`` bounds the ratio before the clip, ``dual_clip`` the loss after it: not the same below ``1 + epsilon_high``.
+- CISPO's bound is 5 by default; TRL's is ``epsilon_high`` itself, whose default of 0.2 is a distance from 1.
 - ``label_smoothing`` does nothing for TRL's DPO ``sigmoid``; ours is cDPO, which in TRL only CPO has.
-- IPO takes the mean over tokens as TRL's DPO does, its sum on request, as TRL's online DPO does.
+- IPO takes the mean over tokens, as TRL's DPO does, and the sum on request, as TRL's online DPO does.
 - TRL's ``apo_zero`` sums over the two of a pair, ``APOZero`` is the mean over completions: half of it.
-- TRL's ``sft`` term is the mean over chosen tokens, ``SFT`` beside a pairwise loss divides by all tokens of the pairs.
-- KTO's baseline is that of the whole step, TRL's that of a micro-batch. Both are clamped to 0.
+- TRL's ``sft`` term is the mean over chosen tokens; ``SFT`` beside a pairwise loss divides by all tokens of the pairs.
+- KTO's baseline is the mean over the whole step, TRL's over a micro-batch of all ranks. Both are at least 0.
 - ORPO's likelihood term is a mean over completions of their mean over tokens; TRL's is over all tokens of a micro-batch,
   the prompts' too. Completions which are certain are clamped; TRL's odds are infinite.
 
-TRL has no counterpart of ``TwoGRPO``'s advantages, ``Reinforce``, ``k2`` and schedules.
+TRL has no ``Reinforce``, ``k2``, schedules and advantages of ``TwoGRPO``.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,7 +150,7 @@ def bare(trainer: type, **attributes: Any) -> Any:
 class TestAdvantages:
     @staticmethod
     def trl(rewards: Tensor, scale_rewards: str) -> Tensor:
-        """trl/trainer/grpo_trainer.py, lines 2762 to 2786, ``sum_then_normalize`` with one reward function."""
+        """trl/trainer/grpo_trainer.py, lines 2762 to 2787, ``sum_then_normalize`` with one reward function."""
         group_size, flat = rewards.shape[1], rewards.flatten()
         std = nanstd(flat.view(-1, group_size), dim=1).repeat_interleave(group_size, dim=0)
         if scale_rewards == "batch":
@@ -295,24 +298,25 @@ def trl_grpo(inputs: LossInputs, settings: dict[str, Any]) -> Tensor:
 
 class TestGRPO:
     @staticmethod
-    def inputs(seed: int, off_policy: bool = True, **totals: int) -> LossInputs:
-        rows = Rows(seed)
+    def inputs(seed: int, rows: int = 16, off_policy: bool = True) -> LossInputs:
+        drawn = Rows(seed, rows)
         return LossInputs(
-            rows.logps,
-            rows.mask,
-            rows.advantages,
-            old_logps=rows.near(0.4) if off_policy else None,
-            ref_logps=rows.near(0.5),
-            sampler_logps=rows.near(0.3),
-            entropy=(2 * torch.rand(rows.mask.shape, generator=rows.generator)).requires_grad_(),
-            **({"total_rows": ACCUMULATION * 16, "total_tokens": ACCUMULATION * int(rows.mask.sum())} | totals),
+            drawn.logps,
+            drawn.mask,
+            drawn.advantages,
+            old_logps=drawn.near(0.4) if off_policy else None,
+            ref_logps=drawn.near(0.5),
+            sampler_logps=drawn.near(0.3),
+            entropy=(2 * torch.rand(drawn.mask.shape, generator=drawn.generator)).requires_grad_(),
         )
 
     @SEEDS
     @pytest.mark.parametrize("off_policy", [True, False], ids=["old log-probs", "on-policy"])
     @pytest.mark.parametrize(("loss", "settings"), POLICY_GRADIENT.values(), ids=POLICY_GRADIENT)
     def test_loss(self, loss: Loss, settings: dict[str, Any], off_policy: bool, seed: int):
-        inputs = self.inputs(seed, off_policy)
+        inputs = self.inputs(seed, off_policy=off_policy)
+        inputs.total_rows *= ACCUMULATION
+        inputs.total_tokens *= ACCUMULATION
         ours = loss(inputs)
         same(ours.loss, trl_grpo(inputs, settings), inputs.logps, *[inputs.entropy] * loss.needs_entropy)
         clipped = {name: fraction[0] for name, fraction in ours.metrics.items() if "clip" in name}
@@ -321,13 +325,17 @@ class TestGRPO:
 
     @SEEDS
     @pytest.mark.parametrize("case", ["grpo", "dapo", "dr_grpo", "cispo"])
-    def test_step_of_micro_batches_with_different_tokens(self, case: str, seed: int):
+    def test_step_cut_into_micro_batches(self, case: str, seed: int):
+        """Which have different numbers of tokens."""
         loss, settings = POLICY_GRADIENT[case]
-        tokens = [int(Rows(seed + part).mask.sum()) for part in (0, 100)]
-        assert tokens[0] != tokens[1]
-        parts = [self.inputs(seed + part, total_tokens=sum(tokens)) for part in (0, 100)]
-        ours = sum(loss(part).loss for part in parts)
-        same(ours, sum(trl_grpo(part, settings) for part in parts), *(part.logps for part in parts))
+        whole = self.inputs(seed, rows=32)
+        fields = ("logps", "mask", "advantages", "old_logps", "ref_logps", "entropy")
+        parts = [
+            replace(whole, **{name: getattr(whole, name)[half] for name in fields})
+            for half in (slice(0, 16), slice(16, 32))
+        ]
+        assert parts[0].mask.sum() != parts[1].mask.sum()
+        same(loss(whole).loss, sum(trl_grpo(part, settings) for part in parts), whole.logps)
 
 
 class TestRLOO:

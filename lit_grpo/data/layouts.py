@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lit_grpo.data.prompts import Source, checked_rows, open_data
@@ -23,7 +23,8 @@ class Preferences(Source):
     """Column of the worse one."""
 
     completion: str = "completion"
-    """Column of a single completion: text, or a list of chat messages."""
+    """Column of a single completion, or of the conversation that ends with it. Where there is one, the columns of pairs
+    are not read."""
 
     label: str = "label"
     """Column that says whether the single completion is good. Where there is none, all are: demonstrations."""
@@ -36,14 +37,17 @@ class Example:
     prompt: Any
     completions: list[Any]
     rewards: list[float]
+    where: str
+    """The row, for messages."""
 
 
 def read_examples(source: Preferences, key: str) -> tuple[list[Example], str]:
     """All rows of a source, and what kind they are.
 
-    Columns ``chosen`` and ``rejected`` make pairs, scored 1 and 0; ``completion`` and ``label`` make labelled
-    completions, scored 1 or 0; ``completion`` alone makes demonstrations, scored 1. The prompt is in its own column, or
-    else it is what the completions of a pair begin with in common, or all messages of a conversation but the last.
+    Columns ``completion`` and ``label`` make labelled completions, scored 1 or 0; ``completion`` alone makes
+    demonstrations, scored 1; ``chosen`` and ``rejected`` make pairs, scored 1 and 0. The prompt is in its own column;
+    without one, it is what the sides of a pair begin with in common. Of whole conversations it is always all but the
+    last message, whether it has a column or not.
 
     Args:
         source: where to look.
@@ -54,70 +58,97 @@ def read_examples(source: Preferences, key: str) -> tuple[list[Example], str]:
     """
     data = open_data(source, key)
     there = data.column_names
-    if source.chosen in there and source.rejected in there:
-        kind, columns = "pairs", [source.chosen, source.rejected]
-    elif source.completion in there:
-        labelled = source.label in there
-        kind = "labelled completions" if labelled else "demonstrations"
-        columns = [source.completion, source.label] if labelled else [source.completion]
+    for field in fields(Preferences):
+        column = getattr(source, field.name)
+        if field.name in ("prompt", "chosen", "rejected", "completion", "label") and column not in (
+            field.default,
+            *there,
+        ):
+            raise UserError(f"{key}.{field.name}: {source.path!r} has no column {column!r}; it has {', '.join(there)}.")
+    labelled = source.label in there
+    if source.completion in there:
+        kind, sides = "labelled completions" if labelled else "demonstrations", [source.completion]
+    elif source.chosen in there and source.rejected in there:
+        kind, sides, labelled = "pairs", [source.chosen, source.rejected], False
     else:
         raise UserError(
             f"{key}: {source.path!r} has the columns {', '.join(there)}; expected {source.chosen!r} and"
             f" {source.rejected!r}, or {source.completion!r} with or without {source.label!r}. Name them in"
             f" {key}.chosen, .rejected, .completion and .label."
         )
-    explicit = source.prompt in there
-    rows = checked_rows(data, [source.prompt] * explicit + columns, source, key)
+    texts = [source.prompt] * (source.prompt in there) + sides
     examples = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(checked_rows(data, texts + [source.label] * labelled, source, key)):
         where = f"{key}: row {i} of {source.path!r}"
-        prompt = row[source.prompt] if explicit else None
-        if kind == "pairs":
-            example = read_pair(prompt, row[source.chosen], row[source.rejected], where)
-        else:
-            reward = as_reward(row[source.label], where) if kind == "labelled completions" else 1.0
-            example = Example(*split_conversation(prompt, row[source.completion], where), [reward])
-        examples.append(example)
+        for column in texts:
+            check_content(row[column], f"{where}, column {column!r},")
+        prompt, completions = split(row.get(source.prompt), [row[column] for column in sides], where)
+        rewards = [as_reward(row[source.label], where)] if labelled else [1.0, 0.0][: len(sides)]
+        examples.append(Example(prompt, completions, rewards, where))
     return examples, kind
 
 
-def read_pair(prompt: Any, chosen: Any, rejected: Any, where: str) -> Example:
-    """A pair, whose prompt may be in its own column, or repeated at the beginning of both conversations, or only there.
+def check_content(content: Any, where: str) -> None:
+    """Refuse what is neither text nor a list of chat messages.
 
     Raises:
-        UserError: if the sides are of different kinds, or no prompt is found.
+        UserError: naming the row and the column.
     """
-    if isinstance(chosen, list) != isinstance(rejected, list):
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise UserError(f"{where} holds {content!r}, expected text or a list of chat messages.")
+    for message in content:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise UserError(f"{where} holds the chat message {message!r}, expected a role and a content, both text.")
+
+
+def split(prompt: Any, completions: list[Any], where: str) -> tuple[Any, list[Any]]:
+    """The prompt and the completions of one row, taken apart where they are in one.
+
+    Raises:
+        UserError: if the sides are of different kinds, no prompt is found, or a completion is not one message of the
+            assistant.
+    """
+    first = completions[0]
+    chat = isinstance(first, list)
+    if any(isinstance(completion, list) != chat for completion in completions):
         raise UserError(f"{where} has text on one side of the pair and chat messages on the other.")
-    if prompt is not None and not (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
-        return Example(prompt, [chosen, rejected], [1.0, 0.0])
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    same = min(len(chosen), len(rejected)) if same is None else same
-    if isinstance(chosen, str):
-        while same > 0 and not (same < len(chosen) and chosen[same].isspace()):  # answers begin with whole words
-            same -= 1
-    else:
-        same = min(same, len(chosen) - 1, len(rejected) - 1)
-    if same == 0:
-        raise UserError(
-            f"{where} has no column for the prompt, and its two sides do not begin alike. Name the column in .prompt."
-        )
-    return Example(chosen[:same], [chosen[same:], rejected[same:]], [1.0, 0.0])
+    if prompt is None or (chat and any(completion[0]["role"] != "assistant" for completion in completions)):
+        same = common_messages(completions) if chat else common_words(completions)
+        if same == 0:
+            raise UserError(
+                f"{where} has no prompt: no column of its own, no messages before the last, no words or messages that"
+                " both sides of a pair begin with. Name the column in .prompt."
+            )
+        prompt, completions = first[:same], [completion[same:] for completion in completions]
+    if chat:
+        for completion in completions:
+            if (roles := [message["role"] for message in completion]) != ["assistant"]:
+                raise UserError(
+                    f"{where} has a completion with messages of {', '.join(roles)}; expected one, of the assistant."
+                )
+    return prompt, completions
 
 
-def split_conversation(prompt: Any, completion: Any, where: str) -> tuple[Any, list[Any]]:
-    """A prompt and one completion; without a prompt, the last message is the completion of those before.
+def common_messages(conversations: list[list[Any]]) -> int:
+    """How many messages all conversations begin with in common, the last of each left out."""
+    before = [conversation[:-1] for conversation in conversations]
+    return next((i for i, same in enumerate(zip(*before, strict=False)) if same[0] != same[-1]), min(map(len, before)))
 
-    Raises:
-        UserError: if there is no prompt.
-    """
-    if prompt is not None:
-        return prompt, [completion]
-    if not isinstance(completion, list) or len(completion) < 2:
-        raise UserError(
-            f"{where} has no column for the prompt and no conversation to take it from. Name it in .prompt."
-        )
-    return completion[:-1], [completion[-1:]]
+
+def common_words(texts: list[str]) -> int:
+    """How many characters two texts begin with in common, up to the end of a word in both; 0 for a single text."""
+    if len(texts) == 1:
+        return 0
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    while same > 0 and not all(text[same : same + 1].isspace() for text in texts):
+        same -= 1
+    return same
 
 
 def as_reward(label: Any, where: str) -> float:

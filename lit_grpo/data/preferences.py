@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm import tqdm
 
 from lit_grpo.data.base import PromptData
 from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
@@ -15,6 +17,9 @@ from lit_grpo.data.layouts import Example, Preferences, read_examples
 from lit_grpo.data.prompts import as_messages, check_templates, encode_prompt
 from lit_grpo.data.types import Batch, Completion, Group
 from lit_grpo.errors import UserError
+
+CHUNK = 1024
+"""Rows tokenised at a time: the tokenizer shares a list of texts out between the cores."""
 
 
 class PreferenceData(PromptData):
@@ -50,19 +55,20 @@ class PreferenceData(PromptData):
         super().setup(stage)
 
     def load_groups(self) -> list[Group]:
-        """Tokenise prompts and completions apart, so that no token spans both; leave out what cannot train."""
+        """The groups of all rows except those that cannot train."""
         key, limit = "data.init_args.train", self.max_prompt_tokens
         check_templates(self.template, self.chat_template, self.trainer.lightning_module.tokenizer)
         examples, self.kind = read_examples(self.train, key)
+        self.advantages([examples[0].rewards])  # before tokenising, which takes its time
         groups, long, alike = [], 0, 0
-        for i, example in enumerate(examples):
-            group = self.encode(example, f"{key}: row {i} of {self.train.path!r}")
+        for example, group in zip(examples, self.encode(examples), strict=True):
             ids = [completion.token_ids for completion in group.completions]
             if limit is not None and len(group.prompt_ids) > limit:
                 long += 1
             elif len(ids) == 2 and ids[0] == ids[1]:
                 alike += 1
             else:
+                self.check_length(len(group.prompt_ids) + max(map(len, ids)), example.where)
                 groups.append(group)
         rank_zero_info(f"{key}: read {len(examples)} {self.kind}")
         if long:
@@ -71,61 +77,92 @@ class PreferenceData(PromptData):
             rank_zero_info(f"{key}: left out {alike} pairs whose two sides are the same")
         return groups
 
-    def encode(self, example: Example, where: str) -> Group:
-        """Token ids of one row. Completions end with a stop token, unless they were cut off.
+    def encode(self, examples: list[Example]) -> Iterator[Group]:
+        """Tokenise prompts and completions apart, so that no token spans both.
+
+        Completions end with a stop token, unless they were cut off.
 
         Raises:
-            UserError: if the row does not fit the settings or the model.
+            UserError: if a row does not fit the settings or the model.
         """
         module, limit = self.trainer.lightning_module, self.max_completion_tokens
-        _, prompt_ids = encode_prompt(example.prompt, where, module.tokenizer, self.template, self.chat_template)
-        completions = []
-        for completion in example.completions:
-            ids = self.completion_ids(example.prompt, completion, where)
-            truncated = limit is not None and len(ids) > limit
-            completions.append(Completion(ids[:limit], truncated=truncated))
-        longest = len(prompt_ids) + max(len(c.token_ids) for c in completions)
-        if longest > module.context:
-            raise UserError(
-                f"{where} has {longest} tokens, beyond the model's context of {module.context}. Drop or shorten it, or"
-                " set data.init_args.max_prompt_tokens and max_completion_tokens."
-            )
-        return Group(prompt_ids, completions, example.rewards)
+        numbers = list(range(module.vocab_size))  # groups hold these very objects: 8 bytes a token instead of 40
+        hidden = None if self.trainer.global_rank == 0 else True  # None: unless it is a terminal
+        bar = tqdm(total=len(examples), desc="Tokenising", unit="row", delay=1, leave=False, disable=hidden)
+        for start in range(0, len(examples), CHUNK):
+            chunk = examples[start : start + CHUNK]
+            rendered = [self.render(example) for example in chunk]
+            texts = [text for _, completions in rendered for text in completions]
+            encoded = iter(module.tokenizer(texts, add_special_tokens=False)["input_ids"])
+            for example, (prompt_ids, completions) in zip(chunk, rendered, strict=True):
+                ids = [prompt_ids, *(self.with_stop(next(encoded)) for _ in completions)]
+                if (last := max(map(max, ids))) >= len(numbers):
+                    raise UserError(
+                        f"model.model: its tokenizer makes the token {last} of {example.where}, but the model has only"
+                        f" {len(numbers)} tokens. The two do not belong together."
+                    )
+                prompt_ids, *sides = [[numbers[token] for token in part] for part in ids]
+                cut = [Completion(side[:limit], truncated=limit is not None and len(side) > limit) for side in sides]
+                yield Group(prompt_ids, cut, example.rewards)
+            bar.update(len(chunk))
+        bar.close()
 
-    def completion_ids(self, prompt: Any, completion: Any, where: str) -> list[int]:
-        """Token ids of one completion as the policy would have to write it."""
-        module = self.trainer.lightning_module
-        tokenizer = module.tokenizer
-        if self.chat_template:
-            if isinstance(prompt, str):
-                prompt = self.template.replace("{prompt}", prompt)
-            prompt = as_messages(prompt, "user")
-            begin = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template([*prompt, *as_messages(completion, "assistant")], tokenize=False)
+    def render(self, example: Example) -> tuple[list[int], list[str]]:
+        """Token ids of a row's prompt, and what the policy would have to write after it, as text.
+
+        Raises:
+            UserError: if the row does not fit the settings or the chat template.
+        """
+        tokenizer, where = self.trainer.lightning_module.tokenizer, example.where
+        try:
+            begin, ids = encode_prompt(example.prompt, where, tokenizer, self.template, self.chat_template)
+            if self.chat_template:
+                prompt = example.prompt
+                if isinstance(prompt, str):
+                    prompt = self.template.replace("{prompt}", prompt)
+                wholes = tokenizer.apply_chat_template(
+                    [[*as_messages(prompt, "user"), *as_messages(c, "assistant")] for c in example.completions],
+                    tokenize=False,
+                )
+        except TemplateError as error:
+            raise UserError(f"{where}: the chat template refuses its messages: {error}.") from error
+        if not self.chat_template:
+            if any(isinstance(completion, list) for completion in example.completions):
+                raise UserError(f"{where} has chat messages as completions. Set data.init_args.chat_template to true.")
+            return ids, example.completions
+        for whole in wholes:
             if not whole.startswith(begin):
                 raise UserError(
                     f"{where}: with its completion, the chat template writes the prompt otherwise than without:"
-                    f" {whole!r} does not begin with {begin!r}. Use another tokenizer.chat_template."
+                    f" {whole!r} does not begin with {begin!r}. Give the model's tokenizer another chat template."
                 )
-            text = whole[len(begin) :]
-        elif isinstance(completion, str):
-            text = completion
-        else:
+        return ids, [whole[len(begin) :] for whole in wholes]
+
+    def with_stop(self, ids: list[int]) -> list[int]:
+        """A completion up to its last stop token, or with an end-of-sequence token where it has none."""
+        module = self.trainer.lightning_module
+        end = next((i for i in range(len(ids), 0, -1) if ids[i - 1] in module.stop_token_ids), 0)
+        if end and not module.tokenizer.decode(ids[end:]).strip():  # templates put a newline after the stop token
+            return ids[:end]
+        return [*ids, module.tokenizer.eos_token_id]
+
+    def check_length(self, length: int, where: str) -> None:
+        """Refuse what is beyond the model's context.
+
+        Raises:
+            UserError: naming what has this length.
+        """
+        context = self.trainer.lightning_module.context
+        if length > context:
             raise UserError(
-                f"{where} has a completion of type {type(completion).__name__}, expected text. If these are chat"
-                " messages, set data.init_args.chat_template to true."
+                f"{where} has {length} tokens, beyond the model's context of {context}. Drop or shorten it, or set"
+                " data.init_args.max_prompt_tokens and max_completion_tokens."
             )
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        stops = [i for i, token in enumerate(ids) if token in module.stop_token_ids]
-        if stops and not tokenizer.decode(ids[stops[-1] + 1 :]).strip():  # templates put a newline after the stop token
-            return ids[: stops[-1] + 1]
-        return [*ids, tokenizer.eos_token_id]
 
     def check_sizes(self) -> None:
-        """Refuse sizes that do not come out even, and losses that cannot train on these groups; note statistics."""
+        """Refuse sizes that do not come out even, and note statistics."""
         loss = self.trainer.lightning_module.loss
         world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        self.check_limits(len(self.groups), accumulate)
         if self.batch_size < 1 or self.batch_size % world or self.batch_size // world < accumulate:
             raise UserError(
                 f"data.init_args.batch_size: {self.batch_size} groups cannot fill {accumulate} micro-batches"
@@ -135,20 +172,35 @@ class PreferenceData(PromptData):
         if len(self.groups) < self.batch_size:
             raise UserError(
                 f"data.init_args.batch_size: {self.batch_size} groups per step, but of {self.train.path!r} only"
-                f" {len(self.groups)} are left. Lower it, or raise max_prompt_tokens if it is set."
+                f" {len(self.groups)} are left. Lower it, or raise max_prompt_tokens or max_completion_tokens if set."
             )
+        self.check_limits(len(OfflineLoader(self)), accumulate)
+        completions = [completion for group in self.groups for completion in group.completions]
+        lengths = [len(completion.token_ids) for completion in completions]
+        if loss.needs_kl_baseline:
+            next(iter(OfflineLoader(self)))  # a step with a single prompt is refused
+            name, prompt = type(loss).__name__, max(len(group.prompt_ids) for group in self.groups)
+            where = f"model.loss: {name} also reads prompts with completions of other rows, the longest of which"
+            self.check_length(prompt + max(lengths), where)
+        self.stats = selection_stats(self.advantages([group.rewards for group in self.groups])) | {
+            "completion_tokens": sum(lengths) / len(lengths),
+            "truncated_share": sum(completion.truncated for completion in completions) / len(completions),
+        }
+
+    def advantages(self, rewards: list[list[float]]) -> torch.Tensor:
+        """What the loss makes of the rewards.
+
+        Raises:
+            UserError: if it cannot train on groups of this size.
+        """
+        loss = self.trainer.lightning_module.loss
         try:
-            _, advantages = checked_select(loss, torch.tensor([group.rewards for group in self.groups]))
+            return checked_select(loss, torch.tensor(rewards))[1]
         except UserError as error:
             raise UserError(
                 f"model.loss: {type(loss).__name__} cannot train on the {self.kind} of {self.train.path!r}, groups of"
-                f" {len(self.groups[0].rewards)}. Single completions train with SFT, KTO or APOZero. ({error})"
+                f" {len(rewards[0])}. Single completions train with SFT, KTO or APOZero. ({error})"
             ) from error
-        completions = [completion for group in self.groups for completion in group.completions]
-        self.stats = selection_stats(advantages) | {
-            "completion_tokens": sum(len(c.token_ids) for c in completions) / len(completions),
-            "truncated_share": sum(c.truncated for c in completions) / len(completions),
-        }
 
     def train_dataloader(self) -> Any:
         return OfflineLoader(self)

@@ -36,7 +36,7 @@ class RLOO(Clipped):
     """
 
     def __init__(self, **clipped: Any) -> None:
-        super().__init__(aggregation="sequence_sum", **clipped)
+        super().__init__(aggregation="sequence_sum", length=None, **clipped)
 
     def advantages(self, rewards: Tensor) -> Tensor:
         return leave_one_out(rewards)
