@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_invariance import ScriptedEngine, even_first_digit
 
-from lit_grpo.data import PreferenceData, Preferences, RolloutData, Source
+from lit_grpo.data import RolloutData, Source
 from lit_grpo.data.prompts import load_prompts
 from lit_grpo.engines import Sampling
 from lit_grpo.errors import UserError
-from lit_grpo.losses import GRPO, SFT, TwoGRPO
+from lit_grpo.losses import GRPO, TwoGRPO
 from lit_grpo.policy import load_tokenizer
 
 
@@ -162,54 +162,3 @@ class TestPrompts:
             data = rollout_data(model, few_prompts, max_prompt_tokens=6)
         assert len(data.prompts["train"]) == 3
         assert "left out 5 of 8 prompts" in caplog.text
-
-
-class TestPreferenceData:
-    @pytest.fixture
-    def demonstrations(self, tmp_path: Path) -> str:
-        path = tmp_path / "demonstrations.jsonl"
-        path.write_text("".join(json.dumps({"prompt": f"{i}+0=", "completion": str(i)}) + "\n" for i in range(10)))
-        return str(path)
-
-    def test_steps_cover_the_data_once_in_a_new_order_each_epoch(self, model: str, demonstrations: str):
-        data = connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, SFT(), accumulate=2)
-        batches = list(data.train_dataloader())
-        assert len(batches) == len(data.train_dataloader()) == 4  # two steps of two micro-batches; two groups left over
-        rows = [tuple(row.tolist()) for b in batches for row in b.tokens]
-        assert len(set(rows)) == 8
-        assert {(b.total_rows, b.total_tokens, b.sampler_logps) for b in batches} == {(4, 8, None)}
-        data.trainer.current_epoch = 1
-        assert rows != [tuple(row.tolist()) for b in data.train_dataloader() for row in b.tokens]
-
-    def test_completions_end_with_the_end_of_sequence(self, model: str, demonstrations: str):
-        data = connect(PreferenceData(Preferences(demonstrations), batch_size=10), model, SFT())
-        batch = next(iter(data.train_dataloader()))
-        last = batch.tokens[torch.arange(10), batch.mask.int().cumsum(-1).argmax(-1) + 1]
-        assert last.tolist() == [load_tokenizer(model).eos_token_id] * 10
-
-    def test_ranks_share_a_step(self, model: str, demonstrations: str):
-        whole = connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, SFT())
-        halves = [
-            connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, SFT(), r, 2) for r in range(2)
-        ]
-        rows = lambda data: {tuple(row.tolist()) for row in next(iter(data.train_dataloader())).tokens}  # noqa: E731
-        assert rows(whole) == rows(halves[0]) | rows(halves[1])
-        assert not rows(halves[0]) & rows(halves[1])
-
-    def test_a_loss_that_compares_cannot_train_on_them(self, model: str, demonstrations: str):
-        with pytest.raises(
-            UserError, match=r"model.loss: TwoGRPO cannot train on the demonstrations of .* groups of 1. .*SFT, KTO"
-        ):
-            connect(PreferenceData(Preferences(demonstrations), batch_size=4), model, TwoGRPO())
-
-    @pytest.mark.parametrize(
-        ("size", "world", "message"), [(3, 2, "multiple of 2"), (20, 1, "only 10 are left"), (0, 1, "batch_size: 0")]
-    )
-    def test_sizes_that_do_not_fit(self, model: str, demonstrations: str, size: int, world: int, message: str):
-        with pytest.raises(UserError, match=message):
-            connect(PreferenceData(Preferences(demonstrations), batch_size=size), model, SFT(), 0, world)
-
-    def test_a_demonstration_beyond_the_context(self, model: str, tmp_path: Path):
-        (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1", "completion": "2" * 64}))
-        with pytest.raises(UserError, match=r"row 0 .* 66 tokens.*context of 64"):
-            connect(PreferenceData(Preferences(str(tmp_path / "long.jsonl")), batch_size=1), model, SFT())

@@ -20,7 +20,6 @@ from lit_grpo.data.layouts import read_examples
 from lit_grpo.errors import UserError
 from lit_grpo.losses import DPO, IPO, KTO, ORPO, SFT, APOZero, Hinge, Loss, SimPO, TwoGRPO, WeightedSum
 from lit_grpo.module import PolicyModule
-from lit_grpo.policy import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,11 +99,19 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def connect(
-    data: PreferenceData, model: str, loss: Loss | None = None, rank: int = 0, world: int = 1, accumulate: int = 1
+    data: PreferenceData,
+    model: str,
+    loss: Loss | None = None,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    jinja: str | None = None,
 ) -> PreferenceData:
-    """Give a data module what it reads of a trainer, as one of ``world`` processes."""
+    """Give a data module what it reads of a trainer, as one of ``world`` processes; ``jinja`` is a chat template."""
+    module = PolicyModule(model, loss or SFT())
+    module.tokenizer.chat_template = jinja or module.tokenizer.chat_template
     data.trainer = SimpleNamespace(
-        lightning_module=PolicyModule(model, loss or SFT()),
+        lightning_module=module,
         global_rank=rank,
         world_size=world,
         accumulate_grad_batches=accumulate,
@@ -123,11 +130,13 @@ def load(
     loss: Loss | None = None,
     chat: bool = False,
     columns: dict[str, str] | None = None,
+    jinja: str | None = None,
     **options: Any,
 ) -> PreferenceData:
+    """A data module that has read these rows."""
     source = Preferences(write(tmp_path / "rows.jsonl", rows), **(columns or {}))
     data = PreferenceData(source, **({"batch_size": 1, "chat_template": chat} | options))
-    return connect(data, model, loss)
+    return connect(data, model, loss, jinja=jinja)
 
 
 def texts(data: PreferenceData) -> list[tuple[str, list[str]]]:
@@ -234,7 +243,7 @@ LAYOUTS: dict[str, tuple[list[dict[str, Any]], dict[str, str], str, list[Any]]] 
         "labelled completions",
         [(QUESTION, [[assistant("4")]]), (OTHER, [[assistant("no")]])],
     ),
-    "labelled text": (
+    "labelled completions, text": (
         [{"question": "2+2=", "reply": "4", "good": 1}, {"question": "2+2=", "reply": "5", "good": 0}],
         {"prompt": "question", "completion": "reply", "label": "good"},
         "labelled completions",
@@ -262,12 +271,15 @@ LAYOUTS: dict[str, tuple[list[dict[str, Any]], dict[str, str], str, list[Any]]] 
 
 
 class TestLayouts:
-    @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv"])
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(
+        ("layout", "form"),
+        [
+            *((layout, form) for layout in LAYOUTS for form in ("jsonl", "parquet")),
+            *((layout, "csv") for layout in LAYOUTS if layout.endswith(", text")),
+        ],
+    )
     def test_rows_become_prompts_with_completions(self, layout: str, form: str, tmp_path: Path):
         rows, columns, kind, expected = LAYOUTS[layout]
-        if form == "csv" and any(isinstance(cell, list) for row in rows for cell in row.values()):
-            pytest.skip("a .csv file has no lists")
         examples, found = read_examples(Preferences(write(tmp_path / f"rows.{form}", rows), **columns), "train")
         assert found == kind
         assert [(e.prompt, e.completions) for e in examples] == expected
@@ -313,16 +325,13 @@ class TestChat:
         assert not any(completion.truncated for completion in group.completions)
 
     def test_what_the_model_sees(self, chat_model: str, tmp_path: Path):
-        rows = [
-            {"prompt": "2+2?", "completion": "4"},
-            {"prompt": "hi", "completion": "ho<|im_end|>"},  # the template writes a second one: up to the last
+        rows = [{"prompt": "2+2?", "completion": "4"}]
+        assert texts(load(rows, tmp_path, chat_model, chat=True, template="Q: {prompt}")) == [
+            (
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: 2+2?<|im_end|>\n<|im_start|>assistant\n",
+                ["4<|im_end|>"],
+            )
         ]
-        data = load(rows, tmp_path, chat_model, chat=True, template="Q: {prompt}")
-        assert texts(data)[0] == (
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: 2+2?<|im_end|>\n<|im_start|>assistant\n",
-            ["4<|im_end|>"],
-        )
-        assert texts(data)[1][1] == ["ho<|im_end|><|im_end|>"]
 
     def test_the_system_message_of_a_row_replaces_the_default(self, chat_model: str, tmp_path: Path):
         rows = [{"chosen": [*OTHER, assistant("yes")], "rejected": [*OTHER, assistant("no")]}]
@@ -333,29 +342,8 @@ class TestChat:
         )
         assert completions == ["yes<|im_end|>", "no<|im_end|>"]
 
-    def templated(self, chat_model: str, tmp_path: Path, template: str) -> PreferenceData:
-        tokenizer = load_tokenizer(chat_model)
-        tokenizer.chat_template = template
-        data = PreferenceData(
-            Preferences(
-                write(tmp_path / "rows.jsonl", [{"messages": [*QUESTION, assistant("4")]}]), completion="messages"
-            ),
-            batch_size=1,
-            chat_template=True,
-        )
-        module = PolicyModule(chat_model, SFT())
-        module.tokenizer = tokenizer
-        data.trainer = SimpleNamespace(
-            lightning_module=module,
-            global_rank=0,
-            world_size=1,
-            accumulate_grad_batches=1,
-            limit_train_batches=1.0,
-            overfit_batches=0.0,
-            current_epoch=0,
-        )
-        data.setup("fit")
-        return data
+    def templated(self, model: str, tmp_path: Path, jinja: str) -> PreferenceData:
+        return load([{"prompt": QUESTION, "completion": "4"}], tmp_path, model, chat=True, jinja=jinja)
 
     def test_a_template_that_writes_the_beginning_of_sequence(self, chat_model: str, tmp_path: Path):
         ids = self.templated(chat_model, tmp_path, "{{ bos_token }}" + CHATML).groups[0]
@@ -367,10 +355,6 @@ class TestChat:
             "{% for m in messages %}({{ m.content }}){% endfor %}{% if add_generation_prompt %}{{ '(' }}{% endif %}"
         )
         assert texts(self.templated(chat_model, tmp_path, template)) == [("(2+2?)(", ["4)<eos>"])]
-
-    def test_a_template_that_ends_with_both_stop_tokens(self, chat_model: str, tmp_path: Path):
-        template = CHATML.replace("<|im_end|>\n' }}{% endfor", "<|im_end|><eos>\n' }}{% endfor")
-        assert texts(self.templated(chat_model, tmp_path, template))[0][1] == ["4<|im_end|><eos>"]
 
     def test_a_template_that_rewrites_the_prompt(self, chat_model: str, tmp_path: Path):
         template = "{{ messages | length }}" + CHATML
@@ -587,7 +571,7 @@ MISTAKES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "messages without a chat template": (
         [{"prompt": QUESTION, "completion": [assistant("4")]}],
         {},
-        "row 0 .* set data.init_args.chat_template to true",
+        "row 0 .* Set data.init_args.chat_template to true",
     ),
     "a completion of messages without a chat template": (
         [{"prompt": "2+2?", "completion": [assistant("4")]}],

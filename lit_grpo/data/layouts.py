@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lit_grpo.data.prompts import Source, checked_rows, open_data
+from lit_grpo.data.prompts import Source, check_content, checked_rows, open_data
 from lit_grpo.errors import UserError
 
 
@@ -86,25 +86,6 @@ def read_examples(source: Preferences, key: str) -> tuple[list[Example], str]:
         rewards = [as_reward(row[source.label], where)] if labelled else [1.0, 0.0][: len(sides)]
         examples.append(Example(prompt, completions, rewards, where))
     return examples, kind
-
-
-def check_content(content: Any, where: str) -> None:
-    """Refuse what is neither text nor a list of chat messages.
-
-    Raises:
-        UserError: naming the row and the column.
-    """
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise UserError(f"{where} holds {content!r}, expected text or a list of chat messages.")
-    for message in content:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise UserError(f"{where} holds the chat message {message!r}, expected a role and a content, both text.")
 
 
 def split(prompt: Any, completions: list[Any], where: str) -> tuple[Any, list[Any]]:

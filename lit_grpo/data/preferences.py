@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 
 from lit_grpo.data.base import PromptData
 from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
 from lit_grpo.data.layouts import Example, Preferences, read_examples
-from lit_grpo.data.prompts import as_messages, check_templates, encode_prompt
+from lit_grpo.data.prompts import as_messages, check_templates, encode_prompt, render_chat
 from lit_grpo.data.types import Batch, Completion, Group
 from lit_grpo.errors import UserError
 
@@ -114,22 +113,18 @@ class PreferenceData(PromptData):
             UserError: if the row does not fit the settings or the chat template.
         """
         tokenizer, where = self.trainer.lightning_module.tokenizer, example.where
-        try:
-            begin, ids = encode_prompt(example.prompt, where, tokenizer, self.template, self.chat_template)
-            if self.chat_template:
-                prompt = example.prompt
-                if isinstance(prompt, str):
-                    prompt = self.template.replace("{prompt}", prompt)
-                wholes = tokenizer.apply_chat_template(
-                    [[*as_messages(prompt, "user"), *as_messages(c, "assistant")] for c in example.completions],
-                    tokenize=False,
-                )
-        except TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses its messages: {error}.") from error
+        begin, ids = encode_prompt(example.prompt, where, tokenizer, self.template, self.chat_template)
         if not self.chat_template:
             if any(isinstance(completion, list) for completion in example.completions):
                 raise UserError(f"{where} has chat messages as completions. Set data.init_args.chat_template to true.")
             return ids, example.completions
+        prompt = example.prompt
+        if isinstance(prompt, str):
+            prompt = as_messages(self.template.replace("{prompt}", prompt), "user")
+        wholes = [
+            render_chat([*prompt, *as_messages(completion, "assistant")], where, tokenizer, add_generation_prompt=False)
+            for completion in example.completions
+        ]
         for whole in wholes:
             if not whole.startswith(begin):
                 raise UserError(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lit_grpo.errors import UserError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -99,13 +101,32 @@ def checked_rows(data: Any, columns: list[str], source: Source, key: str) -> lis
             if not isinstance(row[column], str | int | float | list | None):
                 raise UserError(
                     f"{key}: row {i} of {source.path!r} holds a {type(row[column]).__name__} in column {column!r},"
-                    " expected text or a number. Store it as text, in a .csv or .parquet file."
+                    " expected text, a number or chat messages. Store it as text, in a .csv or .parquet file."
                 )
             if row[column] is None or row[column] == "" or row[column] == []:
                 raise UserError(
                     f"{key}: row {i} of {source.path!r} has nothing in column {column!r}. Fill or drop the row."
                 )
     return rows
+
+
+def check_content(content: Any, where: str) -> None:
+    """Refuse what is neither text nor a list of chat messages.
+
+    Raises:
+        UserError: naming the row and the column.
+    """
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise UserError(f"{where} holds {content!r}, expected text or a list of chat messages.")
+    for message in content:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise UserError(f"{where} holds the chat message {message!r}, expected a role and a content, both text.")
 
 
 def encode_prompt(
@@ -121,18 +142,16 @@ def encode_prompt(
         chat_template: whether to wrap the prompt in the tokenizer's chat template.
 
     Raises:
-        UserError: if the kind of the prompt does not fit, or it has no tokens.
+        UserError: if it is neither, the chat template is off or refuses it, or it has no tokens.
     """
-    if not isinstance(content, str) and not chat_template:
-        raise UserError(
-            f"{where} holds {type(content).__name__}, expected text. If these are chat messages, set"
-            " data.init_args.chat_template to true."
-        )
+    check_content(content, where)
+    if isinstance(content, list) and not chat_template:
+        raise UserError(f"{where} holds chat messages. Set data.init_args.chat_template to true.")
     if isinstance(content, str):
         content = template.replace("{prompt}", content)
     text = content
     if chat_template:
-        text = tokenizer.apply_chat_template(as_messages(content, "user"), tokenize=False, add_generation_prompt=True)
+        text = render_chat(as_messages(content, "user"), where, tokenizer, add_generation_prompt=True)
     token_ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
     if not token_ids:
         raise UserError(f"{where} has no tokens: {text!r}.")
@@ -142,6 +161,19 @@ def encode_prompt(
 def as_messages(content: Any, role: str) -> list[dict[str, str]]:
     """Text as one chat message of a role; messages as they are."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def render_chat(messages: list[dict[str, str]], where: str, tokenizer: Any, add_generation_prompt: bool) -> str:
+    """Chat messages as the text that the chat template makes of them.
+
+    Raises:
+        UserError: if the template refuses them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise UserError(f"{where}: the chat template refuses its messages: {error}.") from error
+    return text
 
 
 def check_templates(template: str, chat_template: bool, tokenizer: Any) -> None:
