@@ -804,3 +804,19 @@ class TestSteps:
             else:
                 with pytest.raises(UserError, match=f"limit_train_batches {limit}"):
                     trainer.fit(module, datamodule=data)
+
+
+def test_phases_go_on_in_the_data_where_the_last_one_stopped(model: str, tmp_path: Path):
+    rows = [{"prompt": f"{i}+0=", "completion": str(i)} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def batches(phases: int, **options: Any) -> list[list[int]]:
+        data = connect(PreferenceData(Preferences(str(tmp_path / "rows.jsonl")), batch_size=4, **options), model, SFT())
+        found = []
+        for data.trainer.current_epoch in range(phases):
+            found += [row.tolist() for batch in data.train_dataloader() for row in batch.tokens]
+        return found
+
+    whole = batches(3)  # three passes of two steps
+    assert batches(6, steps_per_phase=1) == batches(2, steps_per_phase=3) == whole
+    assert whole[:8] != whole[8:16]

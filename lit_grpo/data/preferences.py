@@ -26,8 +26,10 @@ class PreferenceData(PromptData):
 
     Args:
         train: prompts with completions; its columns say of which kind.
-        batch_size: groups of one optimizer step, over all processes; a last incomplete step of an epoch is left out.
-            Each step takes ``trainer.accumulate_grad_batches`` micro-batches per process.
+        batch_size: groups of one optimizer step, over all processes; what is left of the data after whole steps is left
+            out until the next pass. Each step takes ``trainer.accumulate_grad_batches`` micro-batches per process.
+        steps_per_phase: optimizer steps of one phase (an epoch of the Trainer), after which metrics are logged; if not
+            given, one pass over the data.
         max_completion_tokens: longer completions are cut off there, on both sides of a pair alike.
         held_out_and_reward: arguments of :class:`~lit_grpo.data.base.PromptData`.
     """
@@ -36,14 +38,15 @@ class PreferenceData(PromptData):
         self,
         train: Preferences,
         batch_size: int = 64,
+        steps_per_phase: int | None = None,
         max_completion_tokens: int | None = None,
         **held_out_and_reward: Any,
     ) -> None:
         super().__init__(**held_out_and_reward)
-        if max_completion_tokens is not None and max_completion_tokens < 1:
-            raise UserError(
-                f"data.init_args.max_completion_tokens: expected a whole number >= 1, got {max_completion_tokens}."
-            )
+        for key, value in (("max_completion_tokens", max_completion_tokens), ("steps_per_phase", steps_per_phase)):
+            if value is not None and value < 1:
+                raise UserError(f"data.init_args.{key}: expected a whole number >= 1, got {value}.")
+        self.steps_per_phase = steps_per_phase
         self.train, self.batch_size, self.max_completion_tokens = train, batch_size, max_completion_tokens
         self.kind, self.groups = "", list[Group]()
 
@@ -202,11 +205,12 @@ class PreferenceData(PromptData):
 
 
 class OfflineLoader:
-    """One epoch over the groups in a new random order; every rank computes the same order and takes its own share."""
+    """The steps of one phase. Each pass over the groups has a new random order, the same on every rank."""
 
     def __init__(self, data: PreferenceData) -> None:
         self.data = data
-        self.steps = len(data.groups) // data.batch_size
+        self.steps_per_pass = len(data.groups) // data.batch_size
+        self.steps = data.steps_per_phase or self.steps_per_pass
 
     def __len__(self) -> int:
         return self.steps * self.data.trainer.accumulate_grad_batches
@@ -214,9 +218,12 @@ class OfflineLoader:
     def __iter__(self) -> Iterator[Batch]:
         data, trainer = self.data, self.data.trainer
         loss, world = trainer.lightning_module.loss, trainer.world_size
-        order = np.random.default_rng((data.seed, trainer.current_epoch)).permutation(len(data.groups))
-        for step in range(self.steps):
-            groups = [data.groups[i] for i in order[step * data.batch_size : (step + 1) * data.batch_size]]
+        first = trainer.current_epoch * self.steps
+        for step in range(first, first + self.steps):
+            number, step_of_pass = divmod(step, self.steps_per_pass)
+            order = np.random.default_rng((data.seed, number)).permutation(len(data.groups))
+            chosen = order[step_of_pass * data.batch_size : (step_of_pass + 1) * data.batch_size]
+            groups = [data.groups[i] for i in chosen]
             rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
             rows = make_rows(groups, *checked_select(loss, rewards), loss)
             mismatched = mismatched_rows(rows) if loss.needs_kl_baseline else None
