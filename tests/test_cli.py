@@ -254,7 +254,7 @@ MISTAKES = {
     ),
     "messages without a chat template": (
         ["--data.train.path={tmp}/chat.jsonl"],
-        r"row 0 .* holds list .*chat_template to true",
+        r"row 0 .* holds chat messages.*chat_template to true",
     ),
     "no chat template": (["--data.chat_template=true"], r"data.init_args.chat_template: .* has no chat template"),
     "template without prompt": (["--data.template=hello"], r"data.init_args.template: .*\{prompt\}.*'hello'"),

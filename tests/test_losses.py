@@ -98,6 +98,9 @@ class TestAdvantages:
         sums = torch.stack([torch.tensor(0.1) + torch.tensor(0.6), torch.tensor(0.7)])  # float32, as reward models give
         assert not TwoGRPO().select(sums.double()[None])[1].any()
 
+    def test_a_difference_beyond_rounding_is_one(self):
+        assert TwoGRPO().select(torch.tensor([[1.0, 1.0 + 1e-5]], dtype=torch.float64))[1].tolist() == [[-1, 1]]
+
     def test_tie_tolerance(self):
         rewards = torch.tensor([[0.50, 0.52], [0.50, 0.60]], dtype=torch.float64)
         assert TwoGRPO(tie_tolerance=0.05).select(rewards)[1].tolist() == [[0, 0], [-1, 1]]
@@ -186,6 +189,14 @@ class TestSequenceRatios:
         assert RLOO()(x).loss.item() == pytest.approx(-(1.1 + 1.2) / 2, rel=1e-12)  # 1.3 is clipped at 1.2
         torch.testing.assert_close(gradient(RLOO(), x), [[-0.55, -0.55], [0.0, 0.0]], rtol=1e-12, atol=1e-15)
         assert metric(RLOO(), x, "clip_fraction_high") == 0.5
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_long_completions_stay_finite(self, sign: int):
+        # A hundred tokens whose log-ratio is 20 each: the completion's would be e^2000.
+        x = tokens([[math.exp(20)] * 100], [sign])
+        for loss in (RLOO(), GSPO(), GRPO(), CISPO()):
+            assert loss(x).loss.isfinite()
+            assert torch.tensor(gradient(loss, x)).isfinite().all()
 
     def test_rloo_advantages(self):
         # Rewards 3, 0, 0: the others' means are 0, 1.5, 1.5.

@@ -152,6 +152,11 @@ class TestSmoothing:
 
 
 class TestORPO:
+    def test_odds_are_exact_up_to_near_certainty(self):
+        x = pair([math.log(0.9999)], [math.log(0.5)])
+        expected = -math.log(0.9999) - 0.1 * math.log(sigmoid(math.log(0.9999 / 0.0001)))
+        assert value(ORPO(), x) == pytest.approx(expected, rel=1e-9)
+
     @pytest.mark.parametrize("logp", [0.0, -1e-12, -1e4])
     def test_certain_and_impossible_completions_stay_finite(self, logp: float):
         x = pair([logp], [-1.0])
@@ -190,6 +195,10 @@ class TestKTO:
         # beta 0.1, baseline 3: -2 is below it although desirable, -6 is below it as it should be.
         found = KTO()(self.inputs(3.0)).metrics
         assert found.pop("kl_baseline").item() == 3
+        above = pair(
+            [2.0], [-6.0], kl_baseline=torch.tensor(3.0, dtype=torch.float64)
+        )  # desirable, but below the baseline
+        assert KTO()(above).metrics["reward_accuracy"][0].item() == 1
         assert {k: round((s / n).item(), 12) for k, (s, n) in found.items()} == {
             "reward_chosen": -0.2,
             "reward_rejected": -0.6,

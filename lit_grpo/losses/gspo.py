@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs
+from lit_grpo.losses.base import LossInputs
 from lit_grpo.losses.grpo import GRPO
 from lit_grpo.losses.policy_gradient import Metrics
 
@@ -40,4 +40,4 @@ class GSPO(GRPO):
     def surrogate(self, log_ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         lengths = inputs.mask.sum(-1, keepdim=True).clamp(min=1)
         mean = torch.where(inputs.mask, log_ratio, 0).sum(-1, keepdim=True) / lengths
-        return self.clipped(mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), inputs)
+        return self.clipped(mean.exp(), inputs)

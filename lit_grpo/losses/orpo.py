@@ -57,7 +57,7 @@ def log_odds(logp: Tensor) -> Tensor:
     """log(P / (1 - P)) of log-probs, stable for P near 0 and near 1.
 
     >>> log_odds(torch.log(torch.tensor([0.5, 0.8]))).exp()
-    tensor([1.0000, 4.0000])
+    tensor([1., 4.])
     """
     logp = logp.clamp(max=CERTAIN)
     return logp - torch.log(-torch.expm1(logp))
