@@ -46,9 +46,21 @@ class ReferenceCache(L.Callback):
             Row(group.prompt_ids, completion, 0.0) for group in data.groups for completion in group.completions
         ]
         self.fingerprint = fingerprint(pl_module, str(trainer.precision), self.rows)
+        if trainer.is_global_zero:
+            self.check_writable()
         if self.path.exists():
             self.read()
             pl_module.reference_is_cached = True
+
+    def check_writable(self) -> None:
+        """Find out before the log-probs are computed, not after."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            probe = self.path.with_name(self.path.name + ".unfinished")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"ReferenceCache.path: cannot write {str(self.path)!r}: {error.strerror}.") from error
 
     def read(self) -> None:
         """Take the log-probs from the file.
@@ -103,21 +115,18 @@ class ReferenceCache(L.Callback):
     def write(self) -> None:
         """Write the file whole or not at all."""
         logps = torch.tensor([x for row in self.rows for x in row.completion.ref_logps or []])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(self.path.name + ".unfinished")
         save_file({"logps": logps}, unfinished, {"fingerprint": self.fingerprint})
         unfinished.rename(self.path)
 
 
 def fingerprint(module: Any, precision: str, rows: list[Row]) -> str:
-    """A hash of all that the log-probs depend on; of weights on disk, their sizes and last mebibytes."""
+    """A hash of all that the log-probs depend on, weights on disk included."""
     digest = hashlib.sha256(f"{precision} {getattr(module.config, '_commit_hash', None)}".encode())
     weights = sorted(Path(module.model_name).glob("*.safetensors")) or sorted(Path(module.model_name).glob("*.bin"))
     for path in weights:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 2**20))
-            digest.update(f"{path.name} {size}".encode() + file.read())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     if not weights:
         digest.update(module.model_name.encode())
     for row in rows:

@@ -33,6 +33,30 @@ from lit_grpo.errors import UserError
 from lit_grpo.module import PolicyModule
 
 
+def forget_settings_of_another_loss() -> None:
+    """Let a new ``model.loss`` start from its own defaults.
+
+    jsonargparse keeps settings whose names the new class knows as well. But the ``beta`` of DPO is no ``beta`` of
+    SimPO, and would give 2-GRPO a KL term.
+    """
+    from jsonargparse import _typehints
+    from jsonargparse._util import import_object
+
+    keep_common = _typehints.discard_init_args_on_class_path_change
+
+    def discard(parser_or_action: Any, before: Any, now: Any) -> None:
+        if before and "init_args" in before and before["class_path"] != now["class_path"]:
+            new = import_object(now["class_path"])
+            if isinstance(new, type) and issubclass(new, losses.Loss):
+                before["init_args"] = type(before["init_args"])()
+        keep_common(parser_or_action, before, now)
+
+    _typehints.discard_init_args_on_class_path_change = discard
+
+
+forget_settings_of_another_loss()
+
+
 class Parser(LightningArgumentParser):
     """Ends with the message alone: the usage line of a parser with 200 options would hide it."""
 

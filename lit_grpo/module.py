@@ -140,6 +140,11 @@ class PolicyModule(L.LightningModule):
             raise UserError(
                 f"model.loss: {type(self.loss).__name__}.forward returned {type(output).__name__}, expected LossOutput."
             )
+        if output.loss.ndim:
+            raise UserError(
+                f"model.loss: {type(self.loss).__name__}.forward returned a loss of shape {list(output.loss.shape)},"
+                " expected a scalar; see aggregate in lit_grpo.losses."
+            )
         self.log_metrics({"loss": output.loss.detach(), **diagnostics(inputs), **output.metrics})
         # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
         return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -150,7 +155,10 @@ class PolicyModule(L.LightningModule):
         for name, value in metrics.items():
             reduce_fx, count = "mean", torch.ones(())
             if isinstance(value, tuple):
-                total, count = value
+                total, count = (
+                    value[0],
+                    value[1].to(value[0].dtype),
+                )  # whole numbers are cut off when ranks average them
                 value = total / count.clamp(min=1)
             elif name.startswith("loss"):
                 # Shares add up over a step's micro-batches and ranks; the epoch's value is the mean over its steps.

@@ -75,6 +75,22 @@ def test_any_loss_trains_on_the_same_pairs(loss: str, task: Path, model: str, tm
     assert float(rows[0]["train/grad_norm"]) > 0
 
 
+@pytest.mark.parametrize(
+    ("config", "loss", "defaults"),
+    [
+        ("offline/dpo.yaml", "SimPO", "beta: 2.0"),
+        ("offline/dpo.yaml", "TwoGRPO", "beta: 0.0"),
+        ("2grpo_math.yaml", "GSPO", "clip_high: 0.0004"),
+    ],
+)
+def test_another_loss_starts_from_its_own_defaults(
+    config: str, loss: str, defaults: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={ROOT / 'configs' / config}", f"--model.loss={loss}", "--print_config"])
+    assert defaults in capsys.readouterr().out
+
+
 def test_a_sum_with_a_schedule_from_yaml(task: Path, model: str, tmp_path: Path):
     (tmp_path / "sum.yaml").write_text(SUM)
     run = train(

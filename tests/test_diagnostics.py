@@ -146,6 +146,25 @@ def test_a_sum_logs_its_losses(model: str, few_prompts: str, tmp_path: Path):
     assert found["nll"] > 0
 
 
+def test_statistics_of_a_sum_are_those_of_its_first_loss(model: str, few_prompts: str, tmp_path: Path):
+    both = run(model, few_prompts, tmp_path, WeightedSum([GRPO(), KL()]))
+    alone = run(model, few_prompts, tmp_path, GRPO())
+    for name in ("informative_share", "advantage_mean", "advantage_std"):
+        assert both[name] == alone[name]
+    assert 0 < both["informative_share"] < 1
+
+
+def test_a_loss_that_is_no_scalar_is_said(model: str, few_prompts: str, tmp_path: Path):
+    class Wide(GRPO):
+        def forward(self, inputs: LossInputs) -> LossOutput:
+            return LossOutput(inputs.logps.sum(-1))
+
+    loss = Wide()
+    loss.drops_zero_advantages = False
+    with pytest.raises(UserError, match=r"Wide.forward returned a loss of shape \[32\], expected a scalar"):
+        run(model, few_prompts, tmp_path, loss)
+
+
 def test_schedules_read_the_optimizer_step(model: str, few_prompts: str, tmp_path: Path):
     loss = Recorder()
     run(model, few_prompts, tmp_path, loss, data={"updates_per_phase": 4}, accumulate_grad_batches=2)
@@ -164,6 +183,22 @@ class TestTruncated:
             assert [row.advantage for row in rows] == expected
             assert [row.silent for row in rows] == [loss.masks_truncated, False]
 
+    def test_of_a_pair_leave_no_pair(self):
+        loss = WeightedSum([DPO(), DAPO()])
+        for cut in range(2):
+            completions = [Completion([2, 3], truncated=cut == 0), Completion([4, 0], truncated=cut == 1)]
+            rows = make_rows(
+                [Group([1], completions, [1.0, 0.0])], *checked_select(loss, torch.tensor([[1.0, 0.0]])), loss
+            )
+            advantages = torch.tensor([row.advantage for row in rows])
+            x = LossInputs(-torch.rand(2, 2), torch.ones(2, 2).bool(), advantages, ref_logps=torch.zeros(2, 2))
+            assert loss(x).metrics["loss_DPO"] == 0
+
+    def test_carry_no_signal(self, model: str, few_prompts: str, tmp_path: Path):
+        found = run(model, few_prompts, tmp_path, DAPO(), {"max_tokens": 1})
+        assert found["truncated_share"] > 0.9
+        assert found["informative_share"] < 0.2
+
     def test_are_not_forwarded(self, model: str, few_prompts: str, tmp_path: Path):
         cut = run(model, few_prompts, tmp_path, DAPO(), {"max_tokens": 3})
         kept = run(model, few_prompts, tmp_path, DAPO(mask_truncated=False), {"max_tokens": 3})
@@ -172,24 +207,26 @@ class TestTruncated:
 
 
 class TestKLBaseline:
-    ROWS = tuple(Row([i], Completion([5 + i, 1]), 1.0) for i in (2, 2, 3, 4))
+    ROWS = tuple(Row([i], Completion([5 + i, j]), 1.0) for i in (2, 3, 3, 4) for j in (1, 0))
 
     def test_mismatched_rows_by_hand(self):
-        found = [(row.prompt_ids, row.completion.token_ids) for row in mismatched_rows(self.ROWS)]
-        assert found == [([2], [8, 1]), ([2], [8, 1]), ([3], [9, 1]), ([4], [7, 1])]
+        # Groups of two, the second and third with one prompt: each takes the next group with another, row by row.
+        found = [(row.prompt_ids[0], row.completion.token_ids) for row in mismatched_rows(self.ROWS, 2)]
+        assert found == [(2, [8, 1]), (2, [8, 0]), *2 * [(3, [9, 1]), (3, [9, 0])], (4, [7, 1]), (4, [7, 0])]
 
     def test_one_prompt_alone_is_refused(self):
         with pytest.raises(
             UserError, match=r"needs completions of other prompts.*Raise data.init_args.prompts_per_phase"
         ):
-            mismatched_rows(self.ROWS[:2])
+            mismatched_rows(self.ROWS[:2], 1)
 
     def test_is_the_mean_log_ratio_of_mismatched_completions(self, model: str):
         """Claim C22: and matched ones would give another number."""
         module = PolicyModule(model, KTO())
         module.policy, module.reference = load_policy(model), load_reference(model)
         module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x))
-        batches = [collate(mismatched_rows(self.ROWS)[i : i + 2], 4, 8) for i in (0, 2)]
+        rows = mismatched_rows(self.ROWS, 2)
+        batches = [collate(rows[i : i + 4], 8, 16) for i in (0, 4)]
         assert module.estimate_kl_baseline(batches).item() == 0  # the policy is the reference
 
         with torch.no_grad():
@@ -204,9 +241,9 @@ class TestKLBaseline:
                 total += sign * logps[len(row.prompt_ids) - 1 :].sum().item()
             return total
 
-        expected = sum(map(log_ratio, mismatched_rows(self.ROWS))) / 4
+        expected = sum(map(log_ratio, rows)) / 8
         assert module.estimate_kl_baseline(batches).item() == pytest.approx(expected, abs=1e-5)
-        assert sum(map(log_ratio, self.ROWS)) / 4 != pytest.approx(expected, abs=1e-3)
+        assert sum(map(log_ratio, self.ROWS)) / 8 != pytest.approx(expected, abs=1e-3)
 
     def test_a_process_with_one_prompt_is_refused(self, model: str, few_prompts: str, tmp_path: Path):
         with pytest.raises(UserError, match="one step has a single prompt on this process"):

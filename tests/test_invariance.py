@@ -61,6 +61,7 @@ LOSSES = {
     "kto": lambda: KTO(),
     "2-grpo and sft": lambda: WeightedSum([TwoGRPO(), SFT()], [1.0, 0.3]),
 }
+METRICS = {f"train/{name}" for name in ("loss", "margin", "reward_accuracy", "reward_chosen", "nll", "kl_baseline")}
 GROUPS_OF_TWO = {"2-grpo", "2-grpo and sft"}
 
 
@@ -92,7 +93,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     **options,
 ) -> dict[str, Tensor]:
-    """Weights after one phase of eight prompts, or after one step on eight pairs of a file."""
+    """Weights and metrics after one phase of eight prompts, or after one step on eight pairs of a file."""
     loss = LOSSES[name]()
     if keep_zeros:
         loss.drops_zero_advantages = False
@@ -107,10 +108,11 @@ def train(
         )
     else:
         data = PreferenceData(Preferences(offline), batch_size=8)
-    quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12), *callbacks], **options).fit(
-        module, datamodule=data
-    )
-    return {name: tensor.detach() for name, tensor in module.policy.state_dict().items()}
+    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12), *callbacks], **options)
+    trainer.fit(module, datamodule=data)
+    weights = {name: tensor.detach() for name, tensor in module.policy.state_dict().items()}
+    metrics = {name: value for name, value in trainer.callback_metrics.items() if name in METRICS}  # on every rank
+    return weights | metrics
 
 
 def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -143,6 +143,7 @@ class TestClippedSurrogate:
         assert GRPO()(x).loss.item() == pytest.approx((5 - 1.1) / 2, rel=1e-12)
         assert GRPO(dual_clip=3)(x).loss.item() == pytest.approx((3 - 1.1) / 2, rel=1e-12)
         assert gradient(GRPO(dual_clip=3), x) == [[0.0], [pytest.approx(-1.1 / 2)]]
+        assert metric(GRPO(dual_clip=3), x, "clip_fraction_dual") == 0.5
 
     def test_on_policy_the_value_is_zero_and_the_gradient_is_not(self):
         """Claim C19. Ratio 1 and centred advantages; d loss / d logp_it = -A_i / (N |o_i|)."""
@@ -194,6 +195,7 @@ class TestSequenceRatios:
     def test_long_completions_stay_finite(self, sign: int):
         # A hundred tokens whose log-ratio is 20 each: the completion's would be e^2000.
         x = tokens([[math.exp(20)] * 100], [sign])
+        assert metric(RLOO(), x, "clamped_sequences") == 1
         for loss in (RLOO(), GSPO(), GRPO(), CISPO()):
             assert loss(x).loss.isfinite()
             assert torch.tensor(gradient(loss, x)).isfinite().all()
@@ -230,7 +232,7 @@ class TestUnclipped:
         x = tokens([[8.0], [0.5]], [1, -1])
         assert CISPO()(x).loss.item() == pytest.approx((-5 * math.log(8) + 0.5 * math.log(0.5)) / 2, rel=1e-12)
         assert gradient(CISPO(), x) == [[-2.5], [0.25]]
-        assert metric(CISPO(), x, "clip_fraction_high") == 0.5
+        assert metric(CISPO(), x, "weight_clip_fraction") == 0.5
 
 
 class TestSharedOptions:
@@ -312,6 +314,15 @@ class TestSharedOptions:
             (lambda: CISPO(max_ratio=0.5), "max_ratio: expected a number >= 1"),
             (lambda: TwoGRPO(tie_tolerance=-0.1), "tie_tolerance: expected a number >= 0"),
             (lambda: DrGRPO(length=0), "length: expected a number >= 1"),
+            (lambda: GRPO(beta=LinearSchedule(0.1, -1, 3)), r"beta: expected a number >= 0, got LinearSchedule"),
+            (lambda: GRPO(aggregation="mean"), "aggregation: expected one of sequence_mean, .*, got 'mean'"),
+            (lambda: SFT(aggregation="mean"), "aggregation: expected one of"),
+            (lambda: GRPO(scale="std"), "scale: expected one of population, .*, got 'std'"),
+            (lambda: CISPO(scale="std"), "scale: expected one of"),
+            (lambda: Reinforce(scale="std"), "scale: expected one of"),
+            (lambda: GRPO(kl="K2"), "kl: expected one of k1, k2, k3, k3_ratio, got 'K2'"),
+            (lambda: KL("K2"), "estimator: expected one of"),
+            (lambda: GRPO(tis_level="seq"), "tis_level: expected one of token, sequence"),
             (lambda: LinearSchedule(1, 0, steps=0), "LinearSchedule.steps: expected a whole number >= 1, got 0"),
         ],
     )

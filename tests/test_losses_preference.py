@@ -125,6 +125,10 @@ class TestPairs:
         total, count = kind()(pair([-1.0], [-1.0])).metrics["reward_accuracy"]
         assert (total.item(), count.item()) == (0, 1)
 
+    def test_certain_completions_are_counted(self):
+        total, count = ORPO()(pair([0.0], [-1.0])).metrics["clamped_odds"]
+        assert (total.item(), count.item()) == (1, 2)
+
     def test_only_losses_with_a_reference_load_one(self):
         needs = {kind.__name__: kind().needs_reference for kind in PAIRWISE}
         assert needs == {"DPO": True, "IPO": True, "Hinge": True, "SimPO": False, "ORPO": False}
@@ -144,6 +148,13 @@ class TestSmoothing:
         robust, e = DPO(label_smoothing=0.3, smoothing="robust"), 0.3
         right, wrong = value(robust, pair([1.0], [-2.0])), value(robust, pair([-2.0], [1.0]))
         assert (1 - e) * right + e * wrong == pytest.approx(value(DPO(), pair([1.0], [-2.0])), rel=1e-12)
+
+    @pytest.mark.parametrize(
+        "make", [lambda: DPO(log_ratios="avg"), lambda: DPO(smoothing="Robust"), lambda: IPO(log_ratios="avg")]
+    )
+    def test_settings_that_do_not_exist_are_refused(self, make):
+        with pytest.raises(UserError, match="expected one of"):
+            make()
 
     @pytest.mark.parametrize("smoothing", [-0.1, 0.5, math.nan])
     def test_a_share_of_one_half_or_more_is_refused(self, smoothing: float):
@@ -219,6 +230,8 @@ class TestKTO:
 def test_beta_must_be_positive_and_may_follow_the_step(kind: type):
     with pytest.raises(UserError, match="beta: expected a number > 0, got 0"):
         kind(beta=0)
+    with pytest.raises(UserError, match=r"beta: expected a number > 0, got LinearSchedule\(start=0.1, end=0"):
+        kind(beta=LinearSchedule(0.1, 0, steps=3))
     x = pair(*X, step=1, kl_baseline=torch.tensor(0.0))
     assert value(kind(beta=LinearSchedule(0.1, 0.5, steps=2)), x) == pytest.approx(value(kind(beta=0.3), x))
 
@@ -241,7 +254,7 @@ class TestWeightedSum:
 
     def test_grpo_and_kl_is_grpo_with_beta(self):
         x = pair(*X)
-        one, two = GRPO(beta=0.05, kl="k2"), WeightedSum([GRPO(), KL("k2")], [1.0, 0.05])
+        one, two = GRPO(beta=0.05), WeightedSum([GRPO(), KL()], [1.0, 0.05])
         expected = torch.autograd.grad(one(x).loss, x.logps)[0]
         x.advantages = two.select(torch.tensor([[1.0, 0.0]], dtype=torch.float64))[1][0]
         torch.testing.assert_close(torch.autograd.grad(two(x).loss, x.logps)[0], expected, rtol=1e-12, atol=1e-15)
@@ -255,6 +268,14 @@ class TestWeightedSum:
             values.append(value(loss, x))
         assert values == pytest.approx([0.8, 0.6, 0.4])
         assert {"loss_SFT_0", "loss_SFT_1"} <= set(loss(x).metrics)
+
+    def test_a_metric_of_several_is_that_of_the_first(self):
+        x = pair(*X)
+        x.advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+        margins = [
+            WeightedSum([DPO(beta=b), IPO(beta=0.7, log_ratios="sum")])(x).metrics["margin"][0] for b in (0.1, 0.2)
+        ]
+        assert [m.item() for m in margins] == pytest.approx([0.4, 0.8])
 
     def test_takes_on_what_its_losses_need(self):
         loss = WeightedSum([SFT(), KTO(), GRPO(entropy_bonus=0.1, mask_truncated=True)])

@@ -806,6 +806,27 @@ class TestSteps:
                     trainer.fit(module, datamodule=data)
 
 
+def test_pairs_with_one_score_are_no_preference(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [
+        {"prompt": f"{i}+0=", "chosen": "1", "rejected": "2", "score_chosen": i, "score_rejected": 3} for i in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO"):
+        data = connect(PreferenceData(Preferences(str(tmp_path / "rows.jsonl")), batch_size=5), model, DPO())
+    assert len(data.groups) == 5
+    assert "left out 1 pairs whose sides have the same score" in caplog.text
+
+
+def test_columns_that_were_named_come_first(tmp_path: Path):
+    row = {"prompt": "a", "completion": "b", "label": True, "better": "c", "worse": "d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    path = str(tmp_path / "rows.jsonl")
+    (example,), kind = read_examples(Preferences(path, chosen="better", rejected="worse"), "train")
+    assert (example.completions, kind) == (["c", "d"], "pairs")
+    assert read_examples(Preferences(path), "train")[1] == "labelled completions"
+    assert read_examples(Preferences(path, label=None), "train")[1] == "demonstrations"
+
+
 def test_phases_go_on_in_the_data_where_the_last_one_stopped(model: str, tmp_path: Path):
     rows = [{"prompt": f"{i}+0=", "completion": str(i)} for i in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -72,6 +72,28 @@ def test_of_another_model_is_refused(model: str, pairs: str, tmp_path: Path):
         fit(str(tmp_path / "other"), pairs, tmp_path, DPO(), path)
 
 
+def test_weights_are_read_whole(model: str, pairs: str, tmp_path: Path):
+    """A change far from the end of the file, its size the same."""
+    path = tmp_path / "reference.safetensors"
+    fit(model, pairs, tmp_path, DPO(), path)
+    lm = PolicyModule(model, DPO())
+    from lit_grpo.policy import load_policy
+
+    changed = load_policy(model).lm
+    with torch.no_grad():
+        next(changed.parameters())[0, 0] += 1
+    changed.save_pretrained(tmp_path / "other")
+    lm.tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="was made from another model"):
+        fit(str(tmp_path / "other"), pairs, tmp_path, DPO(), path)
+
+
+def test_a_place_that_cannot_be_written_is_said_first(model: str, pairs: str, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"ReferenceCache.path: cannot write"):
+        fit(model, pairs, tmp_path, DPO(), tmp_path / "file" / "reference.safetensors")
+
+
 def test_a_broken_file_is_named(model: str, pairs: str, tmp_path: Path):
     (tmp_path / "reference.safetensors").write_text("half")
     with pytest.raises(UserError, match=r"ReferenceCache.path: cannot read .*Remove it"):

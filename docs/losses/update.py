@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lit_grpo import losses
-from lit_grpo.losses import DPO, SFT, DrGRPO, Loss, LossInputs, PolicyGradient, WeightedSum, diagnostics
+from lit_grpo.losses import DPO, SFT, Clipped, DrGRPO, Loss, LossInputs, PolicyGradient, WeightedSum, diagnostics
 
 FOLDER = Path(__file__).parent
 ABSTRACT = {"Loss", "PolicyGradient", "Clipped", "Pairwise"}
@@ -46,6 +46,10 @@ METRICS = {
     "loss_NAME": "each loss's own share of the sum, unweighted",
     "clip_fraction_low": "tokens whose ratio is below the clip while their advantage is negative: no gradient",
     "clip_fraction_high": "tokens whose ratio is above the clip while their advantage is positive: no gradient",
+    "clip_fraction_dual": "tokens whose ratio is above `dual_clip` while their advantage is negative: no gradient",
+    "weight_clip_fraction": "tokens whose weight was capped at `max_ratio`; they keep their gradient",
+    "clamped_sequences": "completions whose summed log-ratio is beyond ±20, where it is clamped",
+    "clamped_odds": "completions so likely that their odds were clamped",
     "tis_weight": "truncated weight for the mismatch of sampler and trainer; with `tis_clip`",
     "tis_clip_fraction": "tokens whose weight was truncated; with `tis_clip`",
     "reward_chosen": "implicit reward of the chosen or desirable completions",
@@ -59,7 +63,7 @@ METRICS = {
     "ratio_mean": "ratio of policy to old policy per token; from the second update of a phase on",
     "ratio_min": "the smallest",
     "ratio_max": "the largest",
-    "clamped_share": "tokens whose log-ratio to the old policy or the reference is beyond ±20, where it is clamped",
+    "clamped_share": "tokens whose log-ratio to old policy or reference is beyond ±20, clamped if exponentiated",
     "entropy": "of the distribution of each token, in nats; with an entropy bonus or `model.log_entropy`",
 }
 EVERY_RUN = """
@@ -115,6 +119,8 @@ def metrics(name: str) -> list[str]:
     loss, half = make(name), torch.full((2, 2), 0.5).log()
     if isinstance(loss, PolicyGradient):
         loss.tis_clip = 2.0
+    if isinstance(loss, Clipped):
+        loss.dual_clip = 3.0
     advantages = loss.select(torch.tensor([[1.0, 0.0]]))[1][0]
     mask = torch.ones(2, 2).bool()
     inputs = LossInputs(half, mask, advantages, half, half, half, half.exp(), torch.tensor(0.1))
@@ -138,7 +144,7 @@ def generated(name: str) -> dict[str, str]:
         needs = "It needs no reference model" + (" (unless `beta` is set)" if isinstance(loss, PolicyGradient) else "")
     silent = "rows with advantage 0 are not forwarded" if loss.drops_zero_advantages else "every row is forwarded"
     if isinstance(loss, WeightedSum):
-        needs, silent = "It needs what its losses need", "a row is forwarded if it has an advantage in any of them"
+        needs, silent = "It needs what its losses need", "a row is left out if all its losses would leave it out"
     use = f"""## How to use it
 
 ```yaml

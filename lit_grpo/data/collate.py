@@ -71,17 +71,24 @@ def make_rows(groups: Sequence[Group], index: torch.Tensor, advantages: torch.Te
     return rows
 
 
-def selection_stats(advantages: torch.Tensor) -> dict[str, float]:
-    """Mean and standard deviation of advantages ``[P, K]``, and the share of groups in which any is not 0."""
+def selection_stats(rows: Sequence[Row], per_group: int) -> dict[str, float]:
+    """Mean and standard deviation of the rows' advantages, and the share of groups in which any is not 0.
+
+    Of a sum of losses, the advantages are those of its first.
+    """
+    first = [row.advantage[0] if isinstance(row.advantage, list) else row.advantage for row in rows]
+    advantages = torch.tensor(first, dtype=torch.float64).view(-1, per_group)
     return {
         "advantage_mean": advantages.mean().item(),
         "advantage_std": advantages.std(correction=0).item(),
-        "informative_share": (advantages != 0).flatten(1).any(-1).double().mean().item(),
+        "informative_share": (advantages != 0).any(-1).double().mean().item(),
     }
 
 
-def mismatched_rows(rows: Sequence[Row]) -> list[Row]:
-    """Each row's prompt with the completion of the next row that has another prompt, going round at the end.
+def mismatched_rows(rows: Sequence[Row], per_group: int) -> list[Row]:
+    """Each row's prompt with a completion of the next group that has another prompt, going round at the end.
+
+    The k-th row of a group gets the k-th completion of that group, so that every completion is used.
 
     Raises:
         UserError: if all rows have the same prompt.
@@ -93,9 +100,10 @@ def mismatched_rows(rows: Sequence[Row]) -> list[Row]:
         )
     mismatched = []
     for i, row in enumerate(rows):
-        later = itertools.chain(rows[i + 1 :], rows[:i])
-        other = next(candidate for candidate in later if candidate.prompt_ids != row.prompt_ids)
-        mismatched.append(Row(row.prompt_ids, Completion(other.completion.token_ids), 0.0))
+        j = (i + per_group) % len(rows)
+        while rows[j].prompt_ids == row.prompt_ids:
+            j = (j + per_group) % len(rows)
+        mismatched.append(Row(row.prompt_ids, Completion(rows[j].completion.token_ids), 0.0))
     return mismatched
 
 

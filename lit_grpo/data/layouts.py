@@ -24,10 +24,10 @@ class Preferences(Source):
 
     completion: str = "completion"
     """Column of a single completion, or of the conversation that ends with it. Where there is one, the columns of pairs
-    are not read."""
+    are read only if they were named."""
 
-    label: str = "label"
-    """Column that says whether the single completion is good. Where there is none, all are: demonstrations."""
+    label: str | None = "label"
+    """Column that says whether the single completion is good. Where there is none, or null, all are: demonstrations."""
 
 
 @dataclass
@@ -45,7 +45,8 @@ def read_examples(source: Preferences, key: str) -> tuple[list[Example], str]:
     """All rows of a source, and what kind they are.
 
     Columns ``completion`` and ``label`` make labelled completions, scored 1 or 0; ``completion`` alone makes
-    demonstrations, scored 1; ``chosen`` and ``rejected`` make pairs, scored 1 and 0. The prompt is in its own column;
+    demonstrations, scored 1; ``chosen`` and ``rejected`` make pairs, scored 1 and 0, or alike where their columns
+    ``score_chosen`` and ``score_rejected`` are. The prompt is in its own column;
     without one, it is what the sides of a pair begin with in common. Of whole conversations it is always all but the
     last message, whether it has a column or not.
 
@@ -61,15 +62,17 @@ def read_examples(source: Preferences, key: str) -> tuple[list[Example], str]:
     for field in fields(Preferences):
         column = getattr(source, field.name)
         if field.name in ("prompt", "chosen", "rejected", "completion", "label") and column not in (
+            None,
             field.default,
             *there,
         ):
             raise UserError(f"{key}.{field.name}: {source.path!r} has no column {column!r}; it has {', '.join(there)}.")
-    labelled = source.label in there
-    if source.completion in there:
-        kind, sides = "labelled completions" if labelled else "demonstrations", [source.completion]
+    label = source.label if source.label in there else None
+    named = source.chosen != "chosen" or source.rejected != "rejected"
+    if source.completion in there and not named:
+        kind, sides = "labelled completions" if label else "demonstrations", [source.completion]
     elif source.chosen in there and source.rejected in there:
-        kind, sides, labelled = "pairs", [source.chosen, source.rejected], False
+        kind, sides, label = "pairs", [source.chosen, source.rejected], None
     else:
         raise UserError(
             f"{key}: {source.path!r} has the columns {', '.join(there)}; expected {source.chosen!r} and"
@@ -77,13 +80,17 @@ def read_examples(source: Preferences, key: str) -> tuple[list[Example], str]:
             f" {key}.chosen, .rejected, .completion and .label."
         )
     texts = [source.prompt] * (source.prompt in there) + sides
+    scores = [name for name in ("score_chosen", "score_rejected") if kind == "pairs" and name in there]
+    others = [label, *scores] if label else scores
     examples = []
-    for i, row in enumerate(checked_rows(data, texts + [source.label] * labelled, source, key)):
+    for i, row in enumerate(checked_rows(data, [*texts, *others], source, key)):
         where = f"{key}: row {i} of {source.path!r}"
         for column in texts:
             check_content(row[column], f"{where}, column {column!r},")
         prompt, completions = split(row.get(source.prompt), [row[column] for column in sides], where)
-        rewards = [as_reward(row[source.label], where)] if labelled else [1.0, 0.0][: len(sides)]
+        rewards = [as_reward(row[label], where)] if label else [1.0, 0.0][: len(sides)]
+        if len(scores) == 2 and row[scores[0]] == row[scores[1]]:
+            rewards = [1.0, 1.0]  # no preference
         examples.append(Example(prompt, completions, rewards, where))
     return examples, kind
 

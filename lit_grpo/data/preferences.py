@@ -61,14 +61,16 @@ class PreferenceData(PromptData):
         key, limit = "data.init_args.train", self.max_prompt_tokens
         check_templates(self.template, self.chat_template, self.trainer.lightning_module.tokenizer)
         examples, self.kind = read_examples(self.train, key)
-        self.advantages([examples[0].rewards])  # before tokenising, which takes its time
-        groups, long, alike = [], 0, 0
+        self.select([[1.0, 0.0][: len(examples[0].rewards)]])  # before tokenising, which takes its time
+        groups, long, alike, tied = [], 0, 0, 0
         for example, group in zip(examples, self.encode(examples), strict=True):
             ids = [completion.token_ids for completion in group.completions]
             if limit is not None and len(group.prompt_ids) > limit:
                 long += 1
             elif len(ids) == 2 and ids[0] == ids[1]:
                 alike += 1
+            elif len(ids) == 2 and group.rewards[0] == group.rewards[1]:
+                tied += 1
             else:
                 self.check_length(len(group.prompt_ids) + max(map(len, ids)), example.where)
                 groups.append(group)
@@ -77,6 +79,8 @@ class PreferenceData(PromptData):
             rank_zero_info(f"{key}: left out {long} with prompts longer than {limit} tokens")
         if alike:
             rank_zero_info(f"{key}: left out {alike} pairs whose two sides are the same")
+        if tied:
+            rank_zero_info(f"{key}: left out {tied} pairs whose sides have the same score")
         return groups
 
     def encode(self, examples: list[Example]) -> Iterator[Group]:
@@ -180,20 +184,21 @@ class PreferenceData(PromptData):
             name, prompt = type(loss).__name__, max(len(group.prompt_ids) for group in self.groups)
             where = f"model.loss: {name} also reads prompts with completions of other rows, the longest of which"
             self.check_length(prompt + max(lengths), where)
-        self.stats = selection_stats(self.advantages([group.rewards for group in self.groups])) | {
+        index, advantages = self.select([group.rewards for group in self.groups])
+        self.stats = selection_stats(make_rows(self.groups, index, advantages, loss), index.shape[1]) | {
             "completion_tokens": sum(lengths) / len(lengths),
             "truncated_share": sum(completion.truncated for completion in completions) / len(completions),
         }
 
-    def advantages(self, rewards: list[list[float]]) -> torch.Tensor:
-        """What the loss makes of the rewards.
+    def select(self, rewards: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss makes of the rewards, see ``Loss.select``.
 
         Raises:
             UserError: if it cannot train on groups of this size.
         """
         loss = self.trainer.lightning_module.loss
         try:
-            return checked_select(loss, torch.tensor(rewards))[1]
+            return checked_select(loss, torch.tensor(rewards, dtype=torch.float64))
         except UserError as error:
             raise UserError(
                 f"model.loss: {type(loss).__name__} cannot train on the {self.kind} of {self.train.path!r}, groups of"
@@ -226,9 +231,9 @@ class OfflineLoader:
             groups = [data.groups[i] for i in chosen]
             rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
             rows = make_rows(groups, *checked_select(loss, rewards), loss)
-            mismatched = mismatched_rows(rows) if loss.needs_kl_baseline else None
-            total_tokens = sum(len(row.completion.token_ids) for row in rows)
             per_group = len(rows) // len(groups)
+            mismatched = mismatched_rows(rows, per_group) if loss.needs_kl_baseline else None
+            total_tokens = sum(len(row.completion.token_ids) for row in rows)
             mine = [g * per_group + k for g in range(trainer.global_rank, len(groups), world) for k in range(per_group)]
             yield from step_batches(
                 [rows[i] for i in mine],

@@ -125,7 +125,7 @@ class RolloutData(PromptData):
                 loss,
                 per_update * world,
                 total_tokens[u],
-                mismatched_rows(update) if loss.needs_kl_baseline else None,
+                mismatched_rows(update, self.rows_per_prompt) if loss.needs_kl_baseline else None,
                 u == 0,
                 sampling.temperature,
             )
@@ -134,7 +134,7 @@ class RolloutData(PromptData):
         self.stats = stats | {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(-1, correction=0).mean().item(),
-            **selection_stats(advantages),
+            **selection_stats(rows, self.rows_per_prompt),
             "trained_share": sum(len(batch.tokens) for batch in batches) / len(rows),
             "completion_tokens": stats["tokens"] / len(self.samples),
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),

@@ -1,6 +1,6 @@
 """Objectives. Each is one short file; any of them, or your own, goes under ``model.loss`` in YAML."""
 
-from lit_grpo.losses.base import Loss, LossInputs, LossOutput, aggregate, mean_over
+from lit_grpo.losses.base import Loss, LossInputs, LossOutput, aggregate, mean_over, share_of
 from lit_grpo.losses.cispo import CISPO
 from lit_grpo.losses.dapo import DAPO
 from lit_grpo.losses.diagnostics import diagnostics
@@ -54,4 +54,5 @@ __all__ = [
     "aggregate",
     "diagnostics",
     "mean_over",
+    "share_of",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def aggregate(values: Tensor, inputs: LossInputs, how: Aggregation, length: int 
     """
     values = torch.where(inputs.mask, values, 0)
     if how == "token_mean":
-        return values.sum() / inputs.total_tokens
+        return values.sum() / max(inputs.total_tokens, 1)
     sequences = values.sum(-1)
     if how == "sequence_mean":
         sequences = sequences / inputs.mask.sum(-1).clamp(min=1)
@@ -171,19 +171,44 @@ def mean_over(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(where, values.detach(), 0).sum(), where.sum()
 
 
+def share_of(holds: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """A metric: the share of the places in one boolean mask at which another holds, as :func:`mean_over`."""
+    return mean_over(holds.float(), where)
+
+
 def at_least(minimum: float, **settings: float | Schedule | None) -> None:
-    """Refuse settings of a loss which are below ``minimum``.
+    """Refuse settings of a loss which are, or become, less than ``minimum``.
 
     Raises:
         UserError: naming the key and the value.
     """
     for key, value in settings.items():
-        if isinstance(value, int | float) and not value >= minimum:
-            raise UserError(f"model.loss.init_args.{key}: expected a number >= {minimum:g}, got {value}.")
+        for number in values_of(value):
+            if not number >= minimum:
+                raise UserError(f"model.loss.init_args.{key}: expected a number >= {minimum:g}, got {value}.")
 
 
-def above(minimum: float, **settings: float | Schedule) -> None:
-    """Refuse settings of a loss which are not above ``minimum``, as :func:`at_least`."""
+def above(minimum: float, **settings: float | Schedule | None) -> None:
+    """Refuse settings of a loss which are not, or do not stay, above ``minimum``, as :func:`at_least`."""
     for key, value in settings.items():
-        if isinstance(value, int | float) and not value > minimum:
-            raise UserError(f"model.loss.init_args.{key}: expected a number > {minimum:g}, got {value}.")
+        for number in values_of(value):
+            if not number > minimum:
+                raise UserError(f"model.loss.init_args.{key}: expected a number > {minimum:g}, got {value}.")
+
+
+def values_of(setting: float | Schedule | None) -> list[float]:
+    """A number, or what a schedule begins and ends with."""
+    if isinstance(setting, Schedule):
+        return [setting(0), setting(2**62)]
+    return [] if setting is None else [setting]
+
+
+def one_of(kind: Any, **settings: str) -> None:
+    """Refuse settings of a loss that are none of a ``Literal``'s: without a parser, nobody else looks.
+
+    Raises:
+        UserError: naming the key, the value and what may stand there.
+    """
+    for key, value in settings.items():
+        if value not in get_args(kind):
+            raise UserError(f"model.loss.init_args.{key}: expected one of {', '.join(get_args(kind))}, got {value!r}.")

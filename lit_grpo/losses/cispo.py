@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_grpo.losses.advantages import Scale, group_normalised
-from lit_grpo.losses.base import Aggregation, LossInputs, at_least, mean_over
+from lit_grpo.losses.base import Aggregation, LossInputs, at_least, one_of, share_of
 from lit_grpo.losses.policy_gradient import Metrics, PolicyGradient
 
 
@@ -43,6 +43,7 @@ class CISPO(PolicyGradient):
     ) -> None:
         super().__init__(aggregation=aggregation, **shared)
         at_least(1, max_ratio=max_ratio)
+        one_of(Scale, scale=scale)
         self.max_ratio, self.scale = max_ratio, scale
 
     def advantages(self, rewards: Tensor) -> Tensor:
@@ -52,6 +53,5 @@ class CISPO(PolicyGradient):
         ratio = log_ratio.detach().exp()
         metrics: Metrics = {}
         if inputs.old_logps is not None:
-            high = (ratio > self.max_ratio).to(ratio.dtype)
-            metrics["clip_fraction_high"] = mean_over(high, inputs.mask)
+            metrics["weight_clip_fraction"] = share_of(ratio > self.max_ratio, inputs.mask)
         return -ratio.clamp(max=self.max_ratio) * inputs.advantages[:, None] * inputs.logps, metrics

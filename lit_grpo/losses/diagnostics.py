@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, mean_over
+from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, mean_over, share_of
 
 
 def diagnostics(inputs: LossInputs) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
@@ -13,7 +13,8 @@ def diagnostics(inputs: LossInputs) -> dict[str, Tensor | tuple[Tensor, Tensor]]
 
     - ``kl``: the k3 estimate of KL(policy || reference) per token. An estimate only where the policy sampled.
     - ``ratio_mean``, ``ratio_min``, ``ratio_max``: of policy to old policy, where they differ.
-    - ``clamped_share``: tokens whose log-ratio to either was beyond +-20.
+    - ``clamped_share``: tokens whose log-ratio to either was beyond +-20, where it is clamped before it is
+      exponentiated.
     - ``entropy``: in nats per token, if it was computed.
     """
     logps, mask = inputs.logps.detach(), inputs.mask
@@ -32,7 +33,7 @@ def diagnostics(inputs: LossInputs) -> dict[str, Tensor | tuple[Tensor, Tensor]]
         metrics["ratio_min"] = torch.where(mask, ratio, torch.inf).amin()
         metrics["ratio_max"] = torch.where(mask, ratio, 0).amax()
     if inputs.ref_logps is not None or inputs.old_logps is not None:
-        metrics["clamped_share"] = mean_over(clamped.to(logps.dtype), mask)
+        metrics["clamped_share"] = share_of(clamped, mask)
     if inputs.entropy is not None:
         metrics["entropy"] = mean_over(inputs.entropy, mask)
     return metrics

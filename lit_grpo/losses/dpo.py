@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_grpo.errors import UserError
-from lit_grpo.losses.base import LossInputs, above
+from lit_grpo.losses.base import LossInputs, above, one_of
 from lit_grpo.losses.preference import LogRatios, Pairwise, sequence_logps
 from lit_grpo.losses.schedules import Coefficient, at
+
+Smoothing = Literal["conservative", "robust"]
 
 
 class DPO(Pairwise):
@@ -49,12 +51,14 @@ class DPO(Pairwise):
         self,
         beta: Coefficient = 0.1,
         label_smoothing: float = 0.0,
-        smoothing: Literal["conservative", "robust"] = "conservative",
+        smoothing: Smoothing = "conservative",
         log_ratios: LogRatios = "sum",
         **pairs: Any,
     ) -> None:
         super().__init__(**pairs)
         above(0, beta=beta)
+        one_of(Smoothing, smoothing=smoothing)
+        one_of(LogRatios, log_ratios=log_ratios)
         if not 0 <= label_smoothing < 0.5:
             raise UserError(
                 f"model.loss.init_args.label_smoothing: expected a probability below 0.5, got {label_smoothing}."

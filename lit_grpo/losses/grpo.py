@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_grpo.losses.advantages import Scale, group_normalised
-from lit_grpo.losses.base import at_least
+from lit_grpo.losses.base import at_least, one_of
 from lit_grpo.losses.policy_gradient import Clipped
 
 
@@ -44,6 +44,7 @@ class GRPO(Clipped):
     def __init__(self, scale: Scale = "population", epsilon: float = 0.0, **clipped: Any) -> None:
         super().__init__(**clipped)
         at_least(0, epsilon=epsilon)
+        one_of(Scale, scale=scale)
         self.scale, self.epsilon = scale, epsilon
 
     def advantages(self, rewards: Tensor) -> Tensor:

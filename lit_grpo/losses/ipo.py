@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_grpo.losses.base import LossInputs, above
+from lit_grpo.losses.base import LossInputs, above, one_of
 from lit_grpo.losses.preference import LogRatios, Pairwise, sequence_logps
 from lit_grpo.losses.schedules import Coefficient, at
 
@@ -44,6 +44,7 @@ class IPO(Pairwise):
     def __init__(self, beta: Coefficient = 0.1, log_ratios: LogRatios = "mean", **pairs: Any) -> None:
         super().__init__(**pairs)
         above(0, beta=beta)
+        one_of(LogRatios, log_ratios=log_ratios)
         self.beta, self.log_ratios = beta, log_ratios
 
     def scores(self, inputs: LossInputs) -> Tensor:

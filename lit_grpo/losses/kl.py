@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from lit_grpo.errors import UserError
-from lit_grpo.losses.base import MAX_LOG_RATIO, Aggregation, Loss, LossInputs, LossOutput, aggregate, all_rows, at_least
+from lit_grpo.losses.base import (
+    MAX_LOG_RATIO,
+    Aggregation,
+    Loss,
+    LossInputs,
+    LossOutput,
+    aggregate,
+    all_rows,
+    at_least,
+    one_of,
+)
 
 Estimator = Literal["k1", "k2", "k3", "k3_ratio"]
 
@@ -37,6 +47,7 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, log_ratio: Tensor, estimator: E
 
 def check_estimator(key: str, estimator: Estimator) -> None:
     """Refuse k1, and say why."""
+    one_of(Estimator, **{key: estimator})
     if estimator == "k1":
         raise UserError(
             f"model.loss.init_args.{key}: k1 (log pi - log ref) cannot be a loss term: its gradient, that of log pi, is"
@@ -49,6 +60,7 @@ class KL(Loss):
     r"""KL divergence to the frozen reference, as a term of :class:`~lit_grpo.losses.WeightedSum`.
 
     ``WeightedSum([TwoGRPO(), KL()], [1.0, 0.05])`` is ``TwoGRPO(beta=0.05)``, and any other loss can take it as well.
+    ``k2`` and ``k3_ratio`` have the gradient of the KL divergence, the default k3 is what GRPO's paper has.
 
     Args:
         estimator: ``k2``, ``k3`` or ``k3_ratio``, see :func:`kl_penalty`.
@@ -62,15 +74,15 @@ class KL(Loss):
     Example:
         >>> half = torch.log(torch.tensor([[0.5]]))
         >>> inputs = LossInputs(half, torch.ones(1, 1).bool(), torch.ones(1), ref_logps=torch.zeros(1, 1))
-        >>> round(KL("k2")(inputs).loss.item(), 4)  # log(1/2) squared, halved
-        0.2402
+        >>> round(KL()(inputs).loss.item(), 4)  # 2 - 1 - log 2
+        0.3069
     """
 
     needs_reference = True
     drops_zero_advantages = True
 
     def __init__(
-        self, estimator: Estimator = "k2", aggregation: Aggregation = "sequence_mean", length: int | None = None
+        self, estimator: Estimator = "k3", aggregation: Aggregation = "sequence_mean", length: int | None = None
     ) -> None:
         super().__init__()
         check_estimator("estimator", estimator)
@@ -90,6 +102,7 @@ class KL(Loss):
 
 def check_length(aggregation: Aggregation, length: int | None) -> None:
     """``constant`` needs a length, and nothing else takes one."""
+    one_of(Aggregation, aggregation=aggregation)
     if (aggregation == "constant") != (length is not None):
         raise UserError(
             f"model.loss.init_args.length: got {length} with aggregation {aggregation!r}. Give the longest completion"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lit_grpo.losses.base import LossInputs, above
+from lit_grpo.losses.base import LossInputs, LossOutput, above, share_of
 from lit_grpo.losses.preference import Pairwise, sequence_logps
 from lit_grpo.losses.schedules import Coefficient, at
 
@@ -51,6 +51,12 @@ class ORPO(Pairwise):
         beta = at(self.beta, step)
         log_p, log_q = chosen / beta, rejected / beta
         return -log_p - beta * logsigmoid(log_odds(log_p) - log_odds(log_q))
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        output = super().forward(inputs)
+        logps = sequence_logps(inputs, "mean", reference=False)
+        output.metrics["clamped_odds"] = share_of(logps > CERTAIN, inputs.advantages != 0)
+        return output
 
 
 def log_odds(logp: Tensor) -> Tensor:

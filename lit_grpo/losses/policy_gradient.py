@@ -19,6 +19,8 @@ from lit_grpo.losses.base import (
     all_rows,
     at_least,
     mean_over,
+    one_of,
+    share_of,
 )
 from lit_grpo.losses.kl import Estimator, check_estimator, check_length, kl_penalty
 from lit_grpo.losses.schedules import Coefficient, at
@@ -63,6 +65,7 @@ class PolicyGradient(Loss):
         at_least(0, beta=beta, entropy_bonus=entropy_bonus)
         at_least(1, tis_clip=tis_clip)
         check_estimator("kl", kl)
+        one_of(Level, tis_level=tis_level)
         check_length(aggregation, length)
         self.aggregation, self.length = aggregation, length
         self.beta, self.kl, self.entropy_bonus = beta, kl, entropy_bonus
@@ -100,7 +103,7 @@ class PolicyGradient(Loss):
             weight = self.mismatch_weight(old_logps, inputs.sampler_logps, inputs.mask)
             values = values * weight.clamp(max=self.tis_clip)
             metrics["tis_weight"] = mean_over(weight.clamp(max=self.tis_clip), inputs.mask)
-            metrics["tis_clip_fraction"] = mean_over((weight > self.tis_clip).to(weight.dtype), inputs.mask)
+            metrics["tis_clip_fraction"] = share_of(weight > self.tis_clip, inputs.mask)
         if self.needs_reference:
             assert inputs.ref_logps is not None
             penalty = kl_penalty(inputs.logps, inputs.ref_logps, log_ratio, self.kl)
@@ -150,7 +153,7 @@ class Clipped(PolicyGradient):
             return loss, {}
         low = (ratio < 1 - self.clip_low) & (advantages < 0)
         high = (ratio > 1 + self.clip_high) & (advantages > 0)
-        return loss, {
-            name: mean_over(clipped.expand_as(inputs.mask).to(ratio.dtype), inputs.mask)
-            for name, clipped in (("clip_fraction_low", low), ("clip_fraction_high", high))
-        }
+        clipped = {"clip_fraction_low": low, "clip_fraction_high": high}
+        if self.dual_clip is not None:
+            clipped["clip_fraction_dual"] = (ratio > self.dual_clip) & (advantages < 0)
+        return loss, {name: share_of(where.expand_as(inputs.mask), inputs.mask) for name, where in clipped.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_grpo.errors import UserError
 from lit_grpo.losses.advantages import tied
-from lit_grpo.losses.base import Loss, LossInputs, LossOutput, at_least, mean_over
+from lit_grpo.losses.base import Loss, LossInputs, LossOutput, at_least, mean_over, share_of
 
 LogRatios = Literal["sum", "mean"]
 
@@ -67,7 +67,7 @@ class Pairwise(Loss):
     def forward(self, inputs: LossInputs) -> LossOutput:
         scores = self.scores(inputs)
         chosen, rejected = scores[0::2], scores[1::2]
-        paired = inputs.advantages[0::2] > 0
+        paired = (inputs.advantages[0::2] > 0) & (inputs.advantages[1::2] < 0)
         losses = torch.where(paired, self.pair_loss(chosen, rejected, inputs.step), 0)
         return LossOutput(
             losses.sum() / (inputs.total_rows / 2),
@@ -75,6 +75,6 @@ class Pairwise(Loss):
                 "reward_chosen": mean_over(chosen, paired),
                 "reward_rejected": mean_over(rejected, paired),
                 "margin": mean_over(chosen - rejected, paired),
-                "reward_accuracy": mean_over((chosen > rejected).to(scores.dtype), paired),
+                "reward_accuracy": share_of(chosen > rejected, paired),
             },
         )

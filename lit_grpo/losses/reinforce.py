@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_grpo.losses.advantages import Scale, group_normalised
-from lit_grpo.losses.base import Aggregation, LossInputs
+from lit_grpo.losses.base import Aggregation, LossInputs, one_of
 from lit_grpo.losses.policy_gradient import Metrics, PolicyGradient
 
 
@@ -33,6 +33,7 @@ class Reinforce(PolicyGradient):
 
     def __init__(self, scale: Scale = "population", aggregation: Aggregation = "sequence_sum", **shared: Any) -> None:
         super().__init__(aggregation=aggregation, **shared)
+        one_of(Scale, scale=scale)
         self.scale = scale
 
     def advantages(self, rewards: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_grpo.losses.advantages import leave_one_out
-from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs
+from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, share_of
 from lit_grpo.losses.policy_gradient import Clipped, Metrics
 
 
@@ -43,5 +43,7 @@ class RLOO(Clipped):
 
     def surrogate(self, log_ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         total = torch.where(inputs.mask, log_ratio, 0).sum(-1, keepdim=True)
+        far = (total.abs() > MAX_LOG_RATIO).expand_as(inputs.mask)
         loss, metrics = self.clipped(total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), inputs)
+        metrics["clamped_sequences"] = share_of(far, inputs.mask)
         return loss / inputs.mask.sum(-1, keepdim=True).clamp(min=1), metrics

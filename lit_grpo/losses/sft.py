@@ -12,8 +12,8 @@ class SFT(Loss):
     """Negative log-likelihood of the completions that were scored above ``threshold``.
 
     On demonstrations (groups of one, scored 1) this is ordinary fine-tuning; on rollouts it is rejection sampling.
-    Completions that are not imitated stay in the denominator: on pairs, ``WeightedSum([DPO(), SFT()], [1, 0.2])`` adds
-    0.1 times the mean over the chosen ones.
+    Completions that are not imitated stay in the denominator: on pairs of equal lengths, ``WeightedSum([DPO(), SFT()],
+    [1, 0.2])`` adds 0.1 times the mean over the chosen ones.
 
     Args:
         threshold: completions with a reward above it are imitated, the others are dropped.
