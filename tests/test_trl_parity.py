@@ -98,7 +98,7 @@ with warnings.catch_warnings():
     from trl.trainer.utils import FusedCausalLMOutput, nanstd
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
-CLIPS = {"clip_fraction_low", "clip_fraction_high", "tis_clip_fraction", "weight_clip_fraction"}
+CLIP_METRICS = {"clip_fraction_low", "clip_fraction_high", "tis_clip_fraction", "weight_clip_fraction"}
 
 
 def same(ours: Tensor, trl: Tensor, *leaves: Tensor) -> None:
@@ -320,7 +320,7 @@ class TestGRPO:
         inputs.total_tokens *= ACCUMULATION
         ours = loss(inputs)
         same(ours.loss, trl_grpo(inputs, settings), inputs.logps, *[inputs.entropy] * loss.needs_entropy)
-        clipped = {name: fraction[0] for name, fraction in ours.metrics.items() if name in CLIPS}
+        clipped = {name: fraction[0] for name, fraction in ours.metrics.items() if name in CLIP_METRICS}
         assert bool(clipped) == (off_policy or loss.tis_clip is not None)
         assert all(clipped.values())
 
@@ -361,7 +361,7 @@ class TestRLOO:
             "old_logps": (rows.logps.detach() if old is None else old).sum(-1),
         }
         same(ours.loss, trainer._compute_loss(trainer.model, batch), rows.logps)
-        clipped = {name: fraction[0] for name, fraction in ours.metrics.items() if name in CLIPS}
+        clipped = {name: fraction[0] for name, fraction in ours.metrics.items() if name in CLIP_METRICS}
         assert all(clipped.values())
         assert bool(clipped) == off_policy
 
