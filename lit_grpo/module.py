@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from lit_grpo.data.types import Batch
 from lit_grpo.errors import UserError
 from lit_grpo.losses import Loss, LossInputs, LossOutput, diagnostics
+from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import MeanAtK, PassAtK
-from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
+from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, shard, stop_token_ids
 
 
 class PolicyModule(L.LightningModule):
@@ -31,6 +34,8 @@ class PolicyModule(L.LightningModule):
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
             this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.02 is
             normal in bfloat16, 1e-5 in float32. If not given, 0.001 in float32 on a CPU, else 0.1.
+        old_policy: whose log-probs later updates of a phase compare with: those that the ``sampler`` gave, or the
+            ``trainer``'s own, which cost one more forward pass of these updates.
         log_entropy: whether the policy's entropy is computed and logged. Losses with an entropy bonus do so anyway.
     """
 
@@ -44,9 +49,10 @@ class PolicyModule(L.LightningModule):
         correct_at: float = 1.0,
         max_mismatch: float | None = None,
         log_entropy: bool = False,
+        old_policy: Literal["sampler", "trainer"] = "sampler",
     ) -> None:
         super().__init__()
-        self.log_entropy = log_entropy
+        self.log_entropy, self.old_policy = log_entropy, old_policy
         self.model_name, self.loss = model, loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.gradient_checkpointing, self.correct_at, self.max_mismatch = (
@@ -95,6 +101,9 @@ class PolicyModule(L.LightningModule):
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
         if self.loss.needs_kl_baseline or (self.loss.needs_reference and not self.reference_is_cached):
             self.reference = load_reference(self.model_name)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for model in filter(None, (self.policy, self.reference)):
+                shard(model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -120,13 +129,20 @@ class PolicyModule(L.LightningModule):
             with torch.no_grad():
                 ref_logps, _ = self.reference(batch.tokens, batch.mask, batch.temperature)
         if batch_idx == 0 and batch.sampler_logps is not None:
-            self.check_mismatch((logps.detach() - batch.sampler_logps).abs()[batch.mask].mean())
+            mismatch = self.check_mismatch(logps.detach(), batch)
+            self.log_dict(
+                {f"train/sampler_{name}": value for name, value in mismatch.items()},
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                batch_size=1,
+            )
 
         inputs = LossInputs(
             logps,
             batch.mask,
             batch.advantages.to(logps.dtype),
-            old_logps=None if batch.on_policy else batch.sampler_logps,
+            old_logps=batch.old_logps if batch.on_policy or batch.old_logps is not None else batch.sampler_logps,
             ref_logps=ref_logps,
             sampler_logps=batch.sampler_logps,
             entropy=entropy,
@@ -149,7 +165,7 @@ class PolicyModule(L.LightningModule):
         # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
         return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_metrics(self, metrics: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+    def log_metrics(self, metrics: Metrics) -> None:
         """Log a micro-batch's metrics, each in the way that ``LossOutput.metrics`` states."""
         updates = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         for name, value in metrics.items():
@@ -188,24 +204,52 @@ class PolicyModule(L.LightningModule):
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         return total[0] / total[1]
 
-    def check_mismatch(self, mismatch: Tensor) -> None:
-        """Log how far sampler and trainer are apart, and stop where the engine cannot have run this policy."""
-        self.log("train/sampler_mismatch", mismatch, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+    def check_mismatch(self, logps: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Compare the policy's log-probs with those of the engine that was to run it.
+
+        Returns:
+            Means over the completion tokens: ``mismatch``, the absolute difference; ``prob_ratio``, the larger over the
+            smaller of the two probabilities; ``kl`` of sampler and policy (k3).
+
+        Raises:
+            UserError: if they are further apart than ``max_mismatch``, so that the engine cannot have run this policy.
+        """
+        assert batch.sampler_logps is not None
+        assert self.max_mismatch is not None
+        difference = (logps - batch.sampler_logps)[batch.mask]
+        mismatch = difference.abs().mean()
         if mismatch.isnan():
             raise UserError(
                 "The policy's log-probs are NaN: its weights were ruined by an earlier update. Lower the learning rate."
             )
-        assert self.max_mismatch is not None
         if mismatch > self.max_mismatch:
             raise UserError(
                 f"The engine does not run the current policy: the log-probs of the tokens it sampled differ from the"
                 f" trainer's by {mismatch.item():.3g} on average, more than model.max_mismatch {self.max_mismatch}. See"
                 ' "Engine out of sync" in docs/troubleshooting.md.'
             )
+        return {
+            "mismatch": mismatch,
+            "prob_ratio": difference.abs().exp().mean(),
+            "kl": (difference.exp() - 1 - difference).mean(),
+        }
+
+    @torch.no_grad()
+    def on_train_epoch_start(self) -> None:
+        """Score the rollouts of later updates before the first one moves the policy, if that is asked for."""
+        assert self.policy is not None
+        if self.old_policy == "trainer" and isinstance(batches := self.trainer.datamodule.train_batches, list):
+            for batch in batches:
+                if not batch.on_policy:
+                    moved = batch.to(self.device)
+                    with self.trainer.strategy.precision_plugin.forward_context():
+                        logps, _ = self.policy(moved.tokens, moved.mask, moved.temperature)
+                    batch.old_logps = logps.to(batch.tokens.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.policy is not None
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self) -> None:

@@ -40,6 +40,15 @@ class Policy(nn.Module):
         return completion_logps(hidden, tokens, mask, self.lm.get_output_embeddings(), temperature, softcap, entropy)
 
 
+def shard(policy: Policy, mesh: Any) -> None:
+    """Share a policy's parameters out between the processes of a device mesh (FSDP2), one decoder layer at a time."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in policy.lm.base_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+
+
 def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
     """The policy to train: float32 weights, train mode, dropout off.
 

@@ -51,6 +51,15 @@ def few_prompts(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def many_prompts(tmp_path: Path) -> str:
+    """Sixty-four prompts with their answers."""
+    rows = [{"prompt": f"{10 + i}+{i}=", "answer": str(10 + 2 * i)} for i in range(64)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def quiet_trainer(tmp_path: Path, **options: Any) -> L.Trainer:
     """A trainer on the CPU without logging or bars; ``options`` go to it."""
     defaults = {

@@ -60,7 +60,7 @@ class TestPhases:
         assert len(set(texts[:8])) == len(set(texts[8:16])) == 8
 
     def test_ranks_share_a_phase_out_between_them(self, model: str, few_prompts: str):
-        engine, sampling = ScriptedEngine(), Sampling(max_tokens=12)
+        engine, sampling = ScriptedEngine(64), Sampling(max_tokens=12)
         whole = rollout_data(model, few_prompts)
         whole.collect(engine, sampling, phase=3)
         parts = [rollout_data(model, few_prompts, rank, world=2) for rank in range(2)]
@@ -84,7 +84,7 @@ class TestPhases:
 
     def test_batches_carry_the_counts_of_the_whole_step(self, model: str, few_prompts: str):
         data = rollout_data(model, few_prompts, updates_per_phase=2)
-        data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        data.collect(ScriptedEngine(64), Sampling(max_tokens=12), phase=0)
         stats = data.stats
         batches = list(data.train_dataloader())
         assert [b.on_policy for b in batches] == [True, False]
@@ -97,11 +97,11 @@ class TestPhases:
         loss = data.trainer.lightning_module.loss
         loss.select = lambda rewards: (torch.zeros(len(rewards), 1).long(), torch.ones(len(rewards), 1))
         with pytest.raises(UserError, match="chose 1 rows of each group, but 2 before"):
-            data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+            data.collect(ScriptedEngine(64), Sampling(max_tokens=12), phase=0)
 
     def test_informative_share_counts_groups_with_a_difference(self, model: str, few_prompts: str):
         data = rollout_data(model, few_prompts, prompts_per_phase=8)
-        data.collect(ScriptedEngine(), Sampling(max_tokens=12), phase=0)
+        data.collect(ScriptedEngine(64), Sampling(max_tokens=12), phase=0)
         stats = data.stats
         rewards = [s.reward for s in data.samples]
         mixed = sum(a != b for a, b in zip(rewards[::2], rewards[1::2], strict=True))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from lit_grpo.engines import Engine, HFEngine, Sampling, VLLMEngine, full_weights
+from lit_grpo.data.types import Completion
+from lit_grpo.engines import Deadline, Engine, HFEngine, Sampling, VLLMEngine, full_weights
 from lit_grpo.errors import UserError
 from lit_grpo.policy import Policy, load_config, load_policy, load_tokenizer, stop_token_ids
 
@@ -24,13 +28,56 @@ def policy(model: str) -> Policy:
     return policy
 
 
-@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+class PlainEngine(Engine):
+    """One token of one completion at a time, without a cache: what the others must agree with."""
+
+    def __init__(self, model: str, stops: list[int]) -> None:
+        super().__init__(context=64)
+        self.lm, self.stops = load_policy(model).lm, stops
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.lm.load_state_dict(dict(weights))
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
+    ) -> list[list[Completion]]:
+        firsts = {tuple(prompt): self.lm(torch.tensor([prompt])).logits[0, -1] for prompt in prompts}
+        return [
+            [self.write(prompt, sampling, seed + j, firsts[tuple(prompt)]) for j in range(n)]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    def write(self, prompt: list[int], sampling: Sampling, seed: int, logits: Tensor) -> Completion:
+        g, ids, logps = torch.Generator().manual_seed(seed), [], []
+        while len(ids) < sampling.max_tokens:
+            if ids:
+                logits = self.lm(torch.tensor([prompt + ids])).logits[0, -1]
+            logits = logits / (sampling.temperature or 1)
+            order = logits.argsort(descending=True)
+            kept = logits.softmax(-1)[order].cumsum(-1).roll(1) < sampling.top_p
+            kept[0] = True
+            kept[sampling.top_k or len(kept) :] = False
+            allowed = torch.full_like(logits, -torch.inf)
+            allowed[order[kept]] = logits[order[kept]]
+            probs = allowed.softmax(-1)
+            token = probs.argmax() if sampling.temperature == 0 else torch.multinomial(probs, 1, generator=g)[0]
+            ids.append(int(token))
+            logps.append(probs[token].log().item())
+            if ids[-1] in self.stops:
+                return Completion(ids, logps)
+        return Completion(ids, logps, truncated=True)
+
+
+@pytest.fixture(scope="module", params=["plain", "hf", pytest.param("vllm", marks=pytest.mark.vllm)])
 def engine(request: pytest.FixtureRequest, model: str, policy: Policy) -> Iterator[Engine]:
     stops = stop_token_ids(model, load_tokenizer(model))
-    if request.param == "hf":
-        engine: Engine = HFEngine(load_config(model), stops, max_batch_size=7)
+    if request.param == "plain":
+        engine: Engine = PlainEngine(model, stops)
+    elif request.param == "hf":
+        engine = HFEngine(load_config(model), stops, context=64, max_batch_size=7)
     else:
-        engine = VLLMEngine(model, stops, max_model_len=64)
+        engine = VLLMEngine(model, stops, context=64)
     engine.load_weights(full_weights(policy.lm))
     yield engine
     engine.close()
@@ -140,15 +187,58 @@ def test_engine_leaves_the_trainers_random_numbers_alone(engine: Engine):
     assert torch.equal(torch.rand(4), expected)
 
 
+def test_prompts_that_do_not_fit_are_refused_alike(engine: Engine):
+    with pytest.raises(UserError, match=r"got an empty prompt \(number 1 of 2\)"):
+        engine.generate([[3], []], 1, Sampling(max_tokens=4), [1, 2])
+    with pytest.raises(UserError, match=r"prompt of 61 tokens \(number 0 of 1\).*max_tokens 4 is beyond the 64"):
+        engine.generate([[3] * 61], 1, Sampling(max_tokens=4), [1])
+    assert len(engine.generate([[3] * 60], 1, Sampling(max_tokens=4), [1])[0]) == 1
+    assert engine.generate([], 1, Sampling(max_tokens=4), []) == []
+
+
+def test_more_prompt_tokens_than_one_pass_reads(engine: Engine, policy: Policy):
+    """Three hundred prompts of forty tokens, each with random numbers of its own."""
+    prompts = [[3 + (i + j) % 10 for j in range(40)] for i in range(300)]
+    groups = engine.generate(prompts, 1, Sampling(max_tokens=2), list(range(300)))
+    for i in (0, 150, 204, 205, 299):
+        assert groups[i][0].logps == pytest.approx(
+            trainer_logps(policy, prompts[i], groups[i][0].token_ids, 1.0), abs=1e-4
+        )
+
+
+def test_sleep_and_wake_change_nothing(engine: Engine, policy: Policy):
+    before = engine.generate(PROMPTS, 2, Sampling(max_tokens=4), [1, 2, 3])
+    engine.sleep()
+    engine.wake("weights")
+    engine.load_weights(full_weights(policy.lm))
+    engine.wake("cache")
+    assert engine.generate(PROMPTS, 2, Sampling(max_tokens=4), [1, 2, 3]) == before
+
+
+def test_threads_of_the_trainer_are_left_alone(engine: Engine):
+    assert torch.get_num_threads() == 2  # as conftest set them
+
+
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
+def test_a_generation_that_does_not_come_back_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "timeout", 1e-3)
+    with pytest.raises(
+        UserError, match=r"did not finish within 0.001 s \(rollout.init_args.timeout\): .*prompt.*\[\d+,"
+    ):
+        engine.generate(PROMPTS, 4, Sampling(max_tokens=50, temperature=1.9), [1, 2, 3])
+    monkeypatch.undo()
+    assert len(engine.generate(PROMPTS, 2, Sampling(max_tokens=4), [1, 2, 3])) == 3  # and goes on
+
+
 def test_hf_engine_holds_no_copy_of_the_weights(model: str, policy: Policy):
-    engine = HFEngine(load_config(model), [1])
+    engine = HFEngine(load_config(model), [1], context=64)
     engine.load_weights(full_weights(policy.lm))
     ours = {p.data_ptr() for p in policy.lm.parameters()}
     assert {p.data_ptr() for p in engine.model.parameters()} == ours
 
 
 def test_hf_engine_stops_at_every_id(model: str, policy: Policy):
-    engine = HFEngine(load_config(model), [1, 5, 6])
+    engine = HFEngine(load_config(model), [1, 5, 6], context=64)
     engine.load_weights(full_weights(policy.lm))
     for c in engine.generate(PROMPTS[:1], 50, Sampling(max_tokens=20, temperature=2.0), [1])[0]:
         assert not {1, 5, 6} & set(c.token_ids[:-1])
@@ -169,7 +259,80 @@ def test_impossible_sampling_names_the_key(setting: dict[str, float], message: s
         Sampling(**setting)
 
 
+@pytest.mark.vllm
+class TestVLLMFailures:
+    def test_a_start_that_fails_says_what_to_lower(self, monkeypatch: pytest.MonkeyPatch, model: str):
+        import vllm
+
+        def no_memory(**_: object) -> None:
+            raise ValueError("No available memory for the cache blocks")
+
+        monkeypatch.setattr(vllm, "LLM", no_memory)
+        with pytest.raises(
+            UserError, match=r"(?s)could not start on .*No available memory.*lower.*cpu_cache_gib.*HFRollout"
+        ):
+            VLLMEngine(model, [1], context=64)
+
+    def test_a_release_that_was_not_tested_is_named(self, monkeypatch: pytest.MonkeyPatch, model: str):
+        import vllm
+
+        monkeypatch.setattr(vllm, "__version__", "0.99.0")
+        monkeypatch.setattr(vllm, "LLM", lambda **_: None)
+        with pytest.warns(UserWarning, match=r"vLLM 0.99.0 is not among .*>=0.22,<0.34"):
+            VLLMEngine(model, [1], context=64)
+
+    def test_an_engine_that_dies_names_the_way_on(self, monkeypatch: pytest.MonkeyPatch, model: str):
+        import vllm
+
+        def dead() -> None:
+            raise RuntimeError("engine core died")
+
+        core = SimpleNamespace(add_request=lambda *_: None, has_unfinished_requests=lambda: True, step=dead)
+        monkeypatch.setattr(vllm, "LLM", lambda **_: SimpleNamespace(llm_engine=core))
+        with pytest.raises(
+            UserError, match=r"vLLM failed while generating: RuntimeError: engine core died.*ckpt_path last"
+        ):
+            VLLMEngine(model, [1], context=64).generate(PROMPTS, 1, Sampling(max_tokens=4), [1, 2, 3])
+
+    def test_on_a_gpu_it_sleeps_at_level_one_and_wakes_weights_first(self, monkeypatch: pytest.MonkeyPatch, model: str):
+        """The calls alone: there is no GPU here."""
+        import vllm
+
+        calls: list[object] = []
+        llm = SimpleNamespace(
+            sleep=lambda level: calls.append(level),
+            wake_up=lambda tags: calls.append(tags),
+            collective_rpc=lambda name, kwargs: calls.append(name),
+            reset_prefix_cache=lambda: calls.append("reset") or True,
+        )
+        made: dict[str, object] = {}
+        monkeypatch.setattr(vllm, "LLM", lambda **options: made.update(options) or llm)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("lit_grpo.engines.vllm_engine.isolate_rng", __import__("contextlib").nullcontext)
+        engine = VLLMEngine(model, [1], context=64, gpu_memory=0.4)
+        assert made["gpu_memory_utilization"] == 0.4
+        assert made["enable_sleep_mode"] is True
+        assert made["enforce_eager"] is False  # CUDA graphs
+        assert made["dtype"] == "bfloat16"
+        engine.wake("weights")  # awake: nothing to do
+        for _ in range(2):
+            engine.sleep()
+            engine.wake("weights")
+            engine.load_weights([])
+            engine.wake("cache")
+        assert calls == [1, ["weights"], "reload_weights", "reset", ["kv_cache"]] * 2
+
+
+def test_nothing_else_imports_vllm():
+    from test_structure import ROOT
+
+    importers = [
+        p for p in (*ROOT.glob("lit_grpo/**/*.py"), *ROOT.glob("callbacks/*.py")) if "import vllm" in p.read_text()
+    ]
+    assert [path.name for path in importers] == ["vllm_engine.py"]
+
+
 def test_vllm_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, model: str):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"VLLMRollout needs vLLM.*pip install -e '.\[vllm\]'.*HFRollout"):
-        VLLMEngine(model, [1], max_model_len=64)
+        VLLMEngine(model, [1], context=64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from callbacks import ReferenceCache, Rollout
 from lit_grpo.data import PreferenceData, Preferences, RolloutData, Sample, Source
 from lit_grpo.data.types import Completion
-from lit_grpo.engines import Engine, Sampling
+from lit_grpo.engines import Deadline, Engine, Sampling
 from lit_grpo.losses import DAPO, DPO, GRPO, IPO, KTO, SFT, TwoGRPO, WeightedSum
 from lit_grpo.module import PolicyModule
 
@@ -29,8 +29,8 @@ class ScriptedEngine(Engine):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         list(weights)
 
-    def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
+    def _generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
     ) -> list[list[Completion]]:
         return [[self.complete(seed + j) for j in range(n)] for seed in seeds]
 
@@ -42,8 +42,11 @@ class ScriptedEngine(Engine):
 
 
 class ScriptedRollout(Rollout):
-    def make_engine(self, module, max_model_len):
-        return ScriptedEngine()
+    def make_engine(self, module, context):
+        return ScriptedEngine(context)
+
+    def canary(self, trainer, pl_module, engine) -> None:
+        """Its log-probs are made up, and would not pass."""
 
 
 def even_first_digit(samples: list[Sample]) -> list[float]:
@@ -91,6 +94,7 @@ def train(
     updates: int = 1,
     offline: str | None = None,
     callbacks: Sequence[Callback] = (),
+    resample: bool = False,
     **options,
 ) -> dict[str, Tensor]:
     """Weights and metrics after one phase of eight prompts, or after one step on eight pairs of a file."""
@@ -105,6 +109,7 @@ def train(
             prompts_per_phase=8,
             group_size=2 if name in GROUPS_OF_TWO else 4,
             updates_per_phase=updates,
+            resample_ties=resample,
         )
     else:
         data = PreferenceData(Preferences(offline), batch_size=8)
@@ -169,12 +174,12 @@ def test_chunk_size_of_the_log_probs_changes_nothing(
     assert furthest(whole, train(model, few_prompts, tmp_path, loss)) < 1e-12
 
 
-def test_processes_change_nothing(model: str, few_prompts: str, pairs: str, tmp_path: Path):
+def test_processes_change_nothing(model: str, few_prompts: str, many_prompts: str, pairs: str, tmp_path: Path):
     """Two real processes under DDP make the update of one; they also run equally many passes, or they would hang.
 
     The exception is KTO on rollouts: its baseline pairs prompts with completions of the same process.
     """
-    job = {"model": model, "prompts": few_prompts, "pairs": pairs, "folder": str(tmp_path)}
+    job = {"model": model, "prompts": few_prompts, "many": many_prompts, "pairs": pairs, "folder": str(tmp_path)}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=environment)
     split = torch.load(tmp_path / "split.pt")
@@ -182,6 +187,9 @@ def test_processes_change_nothing(model: str, few_prompts: str, pairs: str, tmp_
         whole = train(model, few_prompts, tmp_path, loss)
         assert (furthest(whole, split[loss]) < 1e-12) == (loss != "kto"), loss
     assert furthest(train(model, "", tmp_path, "kto", offline=pairs), split["kto offline"]) < 1e-12
+    resampled = train(model, many_prompts, tmp_path, "2-grpo", resample=True)
+    assert furthest(resampled, split["2-grpo resampled"]) < 1e-12
+    assert furthest(resampled, train(model, many_prompts, tmp_path, "2-grpo")) > 1e-4
     cached = ReferenceCache(str(tmp_path / "reference.safetensors"))  # holds float32
     assert furthest(train(model, "", tmp_path, "dpo", offline=pairs), split["dpo cached"]) < 1e-6
     assert furthest(train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[cached]), split["dpo cached"]) < 1e-12
@@ -192,6 +200,7 @@ if __name__ == "__main__":
     two = {"accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp"}
     weights = {name: train(job["model"], job["prompts"], Path(job["folder"]), name, **two) for name in LOSSES}
     weights["kto offline"] = train(job["model"], "", Path(job["folder"]), "kto", offline=job["pairs"], **two)
+    weights["2-grpo resampled"] = train(job["model"], job["many"], Path(job["folder"]), "2-grpo", resample=True, **two)
     cached = ReferenceCache(str(Path(job["folder"]) / "reference.safetensors"))
     weights["dpo cached"] = train(
         job["model"], "", Path(job["folder"]), "dpo", offline=job["pairs"], callbacks=[cached], **two

@@ -15,7 +15,7 @@ from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
 from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
-from lit_grpo.losses import GRPO, TwoGRPO
+from lit_grpo.losses import GRPO, LossInputs, TwoGRPO
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import load_policy, load_reference, load_tokenizer, stop_token_ids
 
@@ -148,8 +148,8 @@ def test_an_engine_that_does_not_run_the_policy_stops_the_run(model: str, few_pr
 
 def test_a_stale_engine_stops_the_run(model: str, few_prompts: str, tmp_path: Path):
     class Forgetful(HFRollout):
-        def make_engine(self, module, max_model_len):
-            engine = super().make_engine(module, max_model_len)
+        def make_engine(self, module, context):
+            engine = super().make_engine(module, context)
             copy = {name: tensor.clone() for name, tensor in module.policy.lm.state_dict().items()}
             load = engine.load_weights
             engine.load_weights = lambda weights: load(copy.items())  # the first weights, again and again
@@ -227,3 +227,46 @@ def test_training_raises_the_reward(model: str, few_prompts: str, tmp_path: Path
     fit(module, few_prompts, tmp_path, Watch(max_tokens=3), epochs=40, group_size=2 if isinstance(loss, TwoGRPO) else 4)
     assert sum(rewards[:5]) / 5 < 0.6
     assert sum(rewards[-5:]) / 5 > 0.9
+
+
+@pytest.mark.parametrize("old_policy", ["sampler", "trainer"])
+def test_later_updates_compare_with_the_policy_that_sampled(
+    model: str, few_prompts: str, tmp_path: Path, old_policy: str
+):
+    seen = []
+
+    class Spy(GRPO):
+        def forward(self, inputs):
+            seen.append(inputs)
+            return super().forward(inputs)
+
+    module = PolicyModule(model, Spy(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5), old_policy=old_policy)
+    fit(module, few_prompts, tmp_path, group_size=4, updates_per_phase=2)
+    later = seen[1]
+    assert torch.equal(later.old_logps, later.sampler_logps) == (old_policy == "sampler")
+    torch.testing.assert_close(
+        later.old_logps, later.sampler_logps, rtol=0, atol=1e-5
+    )  # HFEngine runs the policy itself
+    assert (later.logps - later.old_logps).abs().max() > 1e-4  # which has moved since
+
+
+def test_mismatch_weight_is_that_of_a_second_forward(model: str):
+    """The trainer's side of the ratio comes from the forward pass that trains, without its gradient."""
+    policy = load_policy(model).double()
+    tokens, mask = batch()
+    advantages = torch.randn(len(tokens), dtype=torch.float64)
+    sampler = (policy(tokens, mask)[0].detach() + 0.3 * torch.randn(mask.shape, dtype=torch.float64)) * mask
+    gradients = []
+    for forwards in (1, 2):
+        policy.zero_grad()
+        logps, _ = policy(tokens, mask)
+        if forwards == 1:
+            loss = GRPO(tis_clip=1.1)(LossInputs(logps, mask, advantages, sampler_logps=sampler)).loss
+        else:
+            with torch.no_grad():
+                weight = (policy(tokens, mask)[0] - sampler).exp().clamp(max=1.1)
+            values = -weight * (logps - logps.detach()).exp() * advantages[:, None] * mask
+            loss = (values.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
 from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
+from lit_grpo.data.types import Batch, Group
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
 
@@ -28,6 +31,10 @@ class RolloutData(PromptData):
         group_size: completions per prompt.
         updates_per_phase: optimizer steps made on one phase's rollouts. Each takes ``trainer.accumulate_grad_batches``
             micro-batches per process.
+        resample_ties: replace groups without any advantage by those of fresh prompts, until all have one or
+            ``max_rollouts`` are spent (2-GRPO+RS of arXiv 2510.00977, dynamic sampling of arXiv 2503.14476).
+        max_rollouts: of a phase with resampling, the first ones included. If not given, eight times as many as without,
+            which for groups of two is what groups of sixteen would take.
         held_out_and_reward: arguments of :class:`~lit_grpo.data.base.PromptData`.
     """
 
@@ -37,6 +44,8 @@ class RolloutData(PromptData):
         prompts_per_phase: int = 256,
         group_size: int = 2,
         updates_per_phase: int = 1,
+        resample_ties: bool = False,
+        max_rollouts: int | None = None,
         **held_out_and_reward: Any,
     ) -> None:
         super().__init__(**held_out_and_reward)
@@ -50,6 +59,15 @@ class RolloutData(PromptData):
                 raise UserError(f"data.init_args.{key}: expected a whole number >= 1, got {value}.")
         self.train, self.prompts_per_phase = train, prompts_per_phase
         self.group_size, self.updates_per_phase = group_size, updates_per_phase
+        least = prompts_per_phase * group_size
+        self.resample_ties, self.max_rollouts = resample_ties, 8 * least if max_rollouts is None else max_rollouts
+        if max_rollouts is not None and not (resample_ties and max_rollouts >= least):
+            raise UserError(
+                f"data.init_args.max_rollouts: got {max_rollouts}; expected at least the {least} of prompts_per_phase x"
+                " group_size, together with resample_ties: true."
+            )
+        self.rollouts = 0
+        """Completions sampled in the latest phase by all processes."""
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -95,17 +113,67 @@ class RolloutData(PromptData):
         }
         return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in positions]
 
+    def fresh_prompts(self, phase: int) -> Iterator[Prompt]:
+        """Prompts that take the place of ties: those that are not in the phase, in a random order of their own."""
+        prompts, used = self.prompts["train"], {id(prompt) for prompt in self.phase_prompts(phase)}
+        order = np.random.default_rng((self.seed, phase, len(prompts))).permutation(len(prompts))
+        return (prompts[i] for i in order if id(prompts[i]) not in used)
+
+    def everyones_rewards(self, groups: list[Group]) -> torch.Tensor:
+        """Rewards of all processes' groups ``[P, G]``, in the order of the prompts."""
+        strategy = self.trainer.strategy
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+        gathered = strategy.all_gather(rewards.to(strategy.root_device)).cpu()
+        return gathered.reshape(self.trainer.world_size, *rewards.shape).transpose(0, 1).flatten(0, 1)
+
+    def replace_ties(
+        self, engine: Engine, sampling: Sampling, phase: int, groups: list[Group], stats: dict[str, float]
+    ) -> dict[str, float]:
+        """Put groups of fresh prompts in the place of those without an advantage, as far as the budget goes.
+
+        Every process samples its share of the replacements and gets those that stand in its own places, so that all
+        keep equally many groups; which prompts and tokens they are does not depend on the number of processes.
+        """
+        rank, world, loss = self.trainer.global_rank, self.trainer.world_size, self.trainer.lightning_module.loss
+        fresh, drawn, samples = self.fresh_prompts(phase), self.prompts_per_phase, self.samples
+        ties_at_first = None
+        while True:
+            _, advantages = checked_select(loss, self.everyones_rewards(groups))
+            ties = (~(advantages != 0).flatten(1).any(-1)).nonzero().flatten().tolist()
+            ties_at_first = len(ties) if ties_at_first is None else ties_at_first
+            left = self.max_rollouts // self.group_size - drawn
+            places = list(zip(ties, itertools.islice(fresh, max(0, min(len(ties), left))), strict=False))
+            if not places:
+                break
+            share = {drawn + i: prompt for i, (_, prompt) in enumerate(places) if i % world == rank}
+            replacements, more = self.sample(engine, sampling, "train", phase, share, self.group_size)
+            samples, stats = samples + self.samples, {name: stats[name] + more[name] for name in stats}
+            by_position = dict(zip(share, replacements, strict=True))
+            for part in gather_objects(by_position, world):
+                for position, group in part.items():
+                    place = places[position - drawn][0]
+                    if place % world == rank:
+                        groups[place // world] = group
+            drawn += len(places)
+        self.samples, self.rollouts = samples, drawn * self.group_size
+        return stats | {
+            "resampled_share": (ties_at_first - len(ties)) / self.prompts_per_phase,
+            "rollouts_per_group": drawn / self.prompts_per_phase,
+        }
+
     def collect(self, engine: Engine, sampling: Sampling, phase: int) -> None:
         """Sample and score a phase's rollouts, this rank's share, and fill the train loader and ``stats``."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         loss, accumulate = self.trainer.lightning_module.loss, self.trainer.accumulate_grad_batches
         prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
         groups, stats = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
+        self.rollouts = self.prompts_per_phase * self.group_size
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # before ties are replaced
+        if self.resample_ties:
+            stats = self.replace_ties(engine, sampling, phase, groups, stats)
 
         strategy = self.trainer.strategy
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-        everyone = strategy.all_gather(rewards.to(strategy.root_device)).cpu().reshape(world, *rewards.shape)
-        index, advantages = checked_select(loss, everyone.transpose(0, 1).flatten(0, 1))  # in the order of the prompts
+        index, advantages = checked_select(loss, self.everyones_rewards(groups))
         if index.shape[1] != self.rows_per_prompt:
             raise UserError(
                 f"model.loss: {type(loss).__name__}.select chose {index.shape[1]} rows of each group, but"
@@ -140,5 +208,19 @@ class RolloutData(PromptData):
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),
         }
 
+    @property
+    def train_batches(self) -> list[Batch] | None:
+        """Micro-batches of the phase that is about to be trained on."""
+        return self.loaders["train"].items
+
     def train_dataloader(self) -> Any:
         return self.loaders["train"]
+
+
+def gather_objects(mine: Any, world: int) -> list[Any]:
+    """What every process holds, in the order of ranks; all must take part."""
+    if world == 1:
+        return [mine]
+    parts = [None] * world
+    torch.distributed.all_gather_object(parts, mine)
+    return parts

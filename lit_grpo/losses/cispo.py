@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lit_grpo.losses.advantages import Scale, group_normalised
-from lit_grpo.losses.base import Aggregation, LossInputs, at_least, one_of, share_of
-from lit_grpo.losses.policy_gradient import Metrics, PolicyGradient
+from lit_grpo.losses.base import Aggregation, LossInputs, Metrics, at_least, one_of, share_of
+from lit_grpo.losses.policy_gradient import PolicyGradient
 
 
 class CISPO(PolicyGradient):

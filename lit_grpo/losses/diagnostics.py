@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, mean_over, share_of
+from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, Metrics, mean_over, share_of
 
 
-def diagnostics(inputs: LossInputs) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+def diagnostics(inputs: LossInputs) -> Metrics:
     """Metrics of a micro-batch that depend on log-probs alone, detached; means are over its completion tokens.
 
     - ``kl``: the k3 estimate of KL(policy || reference) per token. An estimate only where the policy sampled.
@@ -18,7 +17,7 @@ def diagnostics(inputs: LossInputs) -> dict[str, Tensor | tuple[Tensor, Tensor]]
     - ``entropy``: in nats per token, if it was computed.
     """
     logps, mask = inputs.logps.detach(), inputs.mask
-    metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    metrics: Metrics = {}
     clamped = torch.zeros_like(mask)
     if inputs.ref_logps is not None:
         delta = inputs.ref_logps - logps

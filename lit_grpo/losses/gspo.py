@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_grpo.losses.base import LossInputs
+from lit_grpo.losses.base import LossInputs, Metrics
 from lit_grpo.losses.grpo import GRPO
-from lit_grpo.losses.policy_gradient import Metrics
 
 
 class GSPO(GRPO):

@@ -16,7 +16,7 @@ from lit_grpo.losses.base import (
     LossOutput,
     aggregate,
     all_rows,
-    at_least,
+    check_length,
     one_of,
 )
 
@@ -98,14 +98,3 @@ class KL(Loss):
         log_ratio = (inputs.logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         values = kl_penalty(inputs.logps, inputs.ref_logps, log_ratio, self.estimator)
         return LossOutput(aggregate(values * (inputs.advantages != 0)[:, None], inputs, self.aggregation, self.length))
-
-
-def check_length(aggregation: Aggregation, length: int | None) -> None:
-    """``constant`` needs a length, and nothing else takes one."""
-    one_of(Aggregation, aggregation=aggregation)
-    if (aggregation == "constant") != (length is not None):
-        raise UserError(
-            f"model.loss.init_args.length: got {length} with aggregation {aggregation!r}. Give the longest completion"
-            " in tokens (rollout.init_args.max_tokens) with aggregation: constant, and leave it out otherwise."
-        )
-    at_least(1, length=length)

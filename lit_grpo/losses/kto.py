@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_grpo.losses.base import Loss, LossInputs, LossOutput, above, all_rows, at_least, mean_over, share_of
+from lit_grpo.losses.base import Loss, LossInputs, LossOutput, Metrics, above, all_rows, at_least, mean_over, share_of
 from lit_grpo.losses.preference import sequence_logps
 from lit_grpo.losses.schedules import Coefficient, at
 
@@ -70,7 +70,7 @@ class KTO(Loss):
         desirable, undesirable = inputs.advantages > 0, inputs.advantages < 0
         gain = (scores - beta * z0) * inputs.advantages.sign()
         weight = self.desirable_weight * desirable + self.undesirable_weight * undesirable
-        metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {
+        metrics: Metrics = {
             "reward_chosen": mean_over(scores, desirable),
             "reward_rejected": mean_over(scores, undesirable),
             "reward_accuracy": share_of(gain > 0, desirable | undesirable),

@@ -15,18 +15,19 @@ from lit_grpo.losses.base import (
     Loss,
     LossInputs,
     LossOutput,
+    Metrics,
     aggregate,
     all_rows,
     at_least,
+    check_length,
     mean_over,
     one_of,
     share_of,
 )
-from lit_grpo.losses.kl import Estimator, check_estimator, check_length, kl_penalty
+from lit_grpo.losses.kl import Estimator, check_estimator, kl_penalty
 from lit_grpo.losses.schedules import Coefficient, at
 
 Level = Literal["token", "sequence"]
-Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
 
 
 class PolicyGradient(Loss):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lit_grpo.losses.advantages import Scale, group_normalised
-from lit_grpo.losses.base import Aggregation, LossInputs, one_of
-from lit_grpo.losses.policy_gradient import Metrics, PolicyGradient
+from lit_grpo.losses.base import Aggregation, LossInputs, Metrics, one_of
+from lit_grpo.losses.policy_gradient import PolicyGradient
 
 
 class Reinforce(PolicyGradient):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_grpo.losses.advantages import leave_one_out
-from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, share_of
-from lit_grpo.losses.policy_gradient import Clipped, Metrics
+from lit_grpo.losses.base import MAX_LOG_RATIO, LossInputs, Metrics, share_of
+from lit_grpo.losses.policy_gradient import Clipped
 
 
 class RLOO(Clipped):

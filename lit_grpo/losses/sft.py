@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_grpo.losses.base import Aggregation, Loss, LossInputs, LossOutput, aggregate, all_rows, mean_over
-from lit_grpo.losses.kl import check_length
+from lit_grpo.losses.base import Aggregation, Loss, LossInputs, LossOutput, aggregate, all_rows, check_length, mean_over
 
 
 class SFT(Loss):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_grpo.errors import UserError
-from lit_grpo.losses.base import Loss, LossInputs, LossOutput
+from lit_grpo.losses.base import Loss, LossInputs, LossOutput, Metrics
 from lit_grpo.losses.schedules import Coefficient, at
 
 
@@ -80,7 +80,7 @@ class WeightedSum(Loss):
 
     def forward(self, inputs: LossInputs) -> LossOutput:
         total = inputs.logps.new_zeros(())
-        metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+        metrics: Metrics = {}
         for name, loss, weight, advantages in zip(
             self.names, self.terms(), self.weights, inputs.advantages.unbind(-1), strict=True
         ):

@@ -1,0 +1,158 @@
+"""Faults put into a real vLLM are caught in the first phase in which they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import quiet_trainer
+from test_invariance import even_first_digit
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from callbacks import HFRollout, VLLMRollout
+from lit_grpo.data import RolloutData, Source
+from lit_grpo.engines import Engine, VLLMEngine
+from lit_grpo.errors import UserError
+from lit_grpo.losses import GRPO
+from lit_grpo.module import PolicyModule
+from lit_grpo.policy import load_tokenizer
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+def without(*parts: str) -> Callable[[Engine], None]:
+    """Weights with these in their names never arrive."""
+
+    def fault(engine: Engine) -> None:
+        load = engine.load_weights
+        engine.load_weights = lambda weights: load((n, w) for n, w in weights if not any(p in n for p in parts))  # type: ignore[method-assign]
+
+    return fault
+
+
+def skipped_sync(engine: Engine) -> None:
+    engine.load_weights = lambda weights: list(weights) and None  # type: ignore[method-assign]
+
+
+def wrong_temperature(engine: Engine) -> None:
+    generate = engine._generate
+
+    def cooler(prompts: Any, n: int, sampling: Any, seeds: Any, deadline: Any) -> Any:
+        return generate(prompts, n, replace(sampling, temperature=0.8 * sampling.temperature), seeds, deadline)
+
+    engine._generate = cooler  # type: ignore[method-assign]
+
+
+FAULTS = {
+    "a stale layer": without("layers.1."),
+    "a stale tied head": without("lm_head"),
+    "a skipped sync": skipped_sync,
+    "a wrong temperature": wrong_temperature,
+}
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> str:
+    """A small model with room for prompts that fill blocks of a prefix cache, and with large embeddings."""
+    folder = tmp_path_factory.mktemp("long")
+    torch.manual_seed(0)
+    lm = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=16,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            eos_token_id=1,
+            initializer_range=0.1,
+        )
+    )
+    lm.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
+
+
+def fit(
+    model: str, folder: Path, fault: Callable[[Engine], None] | None, digits: int = 4, phases: int = 1, lr: float = 0.5
+) -> tuple[dict[str, float], int]:
+    """Metrics of a run with a fault, and how many updates it made."""
+
+    class Faulty(VLLMRollout):
+        def make_engine(self, module: Any, context: int) -> Engine:
+            engine = super().make_engine(module, context)
+            if fault is not None:
+                fault(engine)
+            return engine
+
+    (folder / "prompts.jsonl").write_text(
+        "".join(f'{{"prompt": "{str(i) * digits}+{i}=", "answer": "{i}"}}\n' for i in range(1, 9))
+    )
+    module = PolicyModule(model, GRPO(), optimizer=lambda p: torch.optim.SGD(p, lr=lr))
+    trainer = quiet_trainer(folder, max_epochs=phases, callbacks=[Faulty(max_tokens=6)])
+    data = RolloutData(
+        Source(str(folder / "prompts.jsonl")), reward=even_first_digit, prompts_per_phase=8, group_size=4
+    )
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        steps = trainer.global_step
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}, steps
+
+
+@pytest.mark.vllm
+class TestVLLM:
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_a_fault_is_caught_before_the_first_update(self, fault: str, long_model: str, tmp_path: Path):
+        steps = []
+
+        def count(*_: object) -> None:
+            steps.append(1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PolicyModule, "on_before_optimizer_step", count)
+            with pytest.raises(
+                UserError, match=r"The engine does not run the current policy.*more than model.max_mismatch"
+            ):
+                fit(long_model, tmp_path, FAULTS[fault])
+        assert not steps
+
+    def test_a_stale_prefix_cache_is_caught_in_the_first_phase_after_an_update(self, long_model: str, tmp_path: Path):
+        """Prompts of 260 tokens, the same in both phases: what is left of the old policy's cache is used again."""
+
+        def never_reset(engine: Engine) -> None:
+            assert isinstance(engine, VLLMEngine)
+            engine.llm.reset_prefix_cache = lambda: True
+
+        with pytest.raises(UserError, match="The engine does not run the current policy"):
+            fit(long_model, tmp_path, never_reset, digits=260, phases=2)
+        _, steps = fit(long_model, tmp_path, None, digits=260, phases=2)
+        assert steps == 2
+
+    def test_what_normal_looks_like(self, long_model: str, tmp_path: Path):
+        found, _ = fit(long_model, tmp_path, None, phases=3)
+        assert found["train/sampler_mismatch"] < 1e-4
+        assert 1 <= found["train/sampler_prob_ratio"] < 1.0001
+        assert abs(found["train/sampler_kl"]) < 1e-6
+
+
+def test_an_evaluation_is_checked_too(model: str, few_prompts: str, tmp_path: Path):
+    """`lit-grpo test` has no training step that would notice."""
+
+    class Cooler(HFRollout):
+        def make_engine(self, module: Any, context: int) -> Engine:
+            engine = super().make_engine(module, context)
+            wrong_temperature(engine)
+            return engine
+
+    module = PolicyModule(model, GRPO(), max_mismatch=1e-5)
+    data = RolloutData(Source(few_prompts), val=Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
+    with pytest.raises(UserError, match="The engine does not run the current policy"):
+        quiet_trainer(tmp_path, callbacks=[Cooler(max_tokens=4)]).validate(module, datamodule=data, verbose=False)
