@@ -17,26 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lit_grpo.losses import LossInputs, diagnostics
 from lit_grpo.policy import Policy
+from lit_grpo.quickstart import small_qwen
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from loss_cases import LOSSES
-
-
-def make_policy() -> Policy:
-    config = Qwen2Config(
-        vocab_size=16,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    return Policy(Qwen2ForCausalLM(config)).train()
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -53,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    policy = make_policy()
+    policy = Policy(small_qwen(vocab_size=16)).train()
     shape = (options.rows, options.tokens)
     tokens = torch.randint(2, 16, (options.rows, options.tokens + 1))
     mask = torch.arange(options.tokens) < torch.randint(options.tokens // 2, options.tokens + 1, (options.rows, 1))

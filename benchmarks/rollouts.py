@@ -25,12 +25,13 @@ import lightning as L
 import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from callbacks import VLLMRollout
 from lit_grpo import GRPO, PolicyModule, RolloutData, Sample
 from lit_grpo.data import Source
 from lit_grpo.engines import HFEngine, Sampling, VLLMEngine, full_weights
+from lit_grpo.quickstart import small_qwen
 
 VOCABULARY, PROMPTS, MAX_TOKENS = 128, 256, 64
 SIZES = {"0.6 M": (128, 3), "25 M": (512, 9)}
@@ -40,18 +41,8 @@ STOPS = {"even": [0], "uneven": [0, 1, 2, 3]}
 def make_model(folder: Path, hidden: int, layers: int) -> Qwen2ForCausalLM:
     """A random model with a tokenizer of 128 symbols, and prompts of 8 to 24 tokens."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-    )
-    lm = Qwen2ForCausalLM(config)
+    size = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    lm = small_qwen(vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=0, **size)
     lm.save_pretrained(folder)
     symbols = {chr(0x100 + i): i for i in range(VOCABULARY - 1)} | {"<eos>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(symbols, unk_token="<eos>"))

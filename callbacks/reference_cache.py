@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lit_grpo.data import PreferenceData
 from lit_grpo.data.collate import Row, collate, micro_batches
+from lit_grpo.distributed import gather_objects
 from lit_grpo.errors import UserError
 
 TOKENS_PER_PASS = 2**14
@@ -92,7 +93,6 @@ class ReferenceCache(L.Callback):
         if not pl_module.loss.needs_kl_baseline:
             pl_module.reference = None
 
-    @torch.no_grad()
     def compute(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Every process takes its share of the completions, in equally many passes."""
         mine = self.rows[trainer.global_rank :: trainer.world_size]
@@ -100,17 +100,14 @@ class ReferenceCache(L.Callback):
         passes = max(1, min(len(self.rows), tokens // TOKENS_PER_PASS) // trainer.world_size)
         for part in tqdm(micro_batches(mine, passes), "Reference log-probs", disable=not trainer.is_global_zero):
             batch = collate(part, 1, 1).to(pl_module.device)
-            with trainer.strategy.precision_plugin.forward_context():
-                logps, _ = pl_module.reference(batch.tokens, batch.mask)
+            logps = pl_module.logps_of(pl_module.reference, batch)
             lengths = [len(row.completion.token_ids) for row in part]
             for row, values in zip(part, logps[batch.mask].cpu().split(lengths), strict=True):
                 row.completion.ref_logps = values.tolist()
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, [row.completion.ref_logps for row in mine])
-            for rank, share in enumerate(shares):
-                for row, values in zip(self.rows[rank :: trainer.world_size], share, strict=True):
-                    row.completion.ref_logps = values
+        shares = gather_objects([row.completion.ref_logps for row in mine], trainer.world_size)
+        for rank, share in enumerate(shares):
+            for row, values in zip(self.rows[rank :: trainer.world_size], share, strict=True):
+                row.completion.ref_logps = values
 
     def write(self) -> None:
         """Write the file whole or not at all."""

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
-import torch
 
 from lit_grpo.data import PromptData, RolloutData
 from lit_grpo.data.collate import Row, collate
@@ -77,7 +76,6 @@ class Rollout(L.Callback, ABC):
             self.canary(trainer, pl_module, self.engine)
         return self.engine, {"seconds_sync": seconds}
 
-    @torch.no_grad()
     def canary(self, trainer: L.Trainer, pl_module: Any, engine: Engine) -> None:
         """Have the engine write a few tokens and the trainer score them, before any real generation.
 
@@ -91,9 +89,7 @@ class Rollout(L.Callback, ABC):
         answers = engine.generate(prompts, 1, sampling, [CANARY_SEED + i for i in range(len(prompts))])
         rows = [Row(prompt, completion, 0.0) for prompt, (completion,) in zip(prompts, answers, strict=True)]
         batch = collate(rows, len(rows), 1, temperature=sampling.temperature).to(pl_module.device)
-        with trainer.strategy.precision_plugin.forward_context():
-            logps, _ = pl_module.policy(batch.tokens, batch.mask, batch.temperature)
-        pl_module.check_mismatch(logps, batch)
+        pl_module.check_mismatch(pl_module.logps_of(pl_module.policy, batch), batch)
 
     def clock(self) -> float:
         """Seconds of training so far, earlier parts of a resumed run included."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_grpo.data import PromptData, RolloutData, Sample
+from lit_grpo.distributed import gather_objects
 from lit_grpo.errors import UserError
 
 
@@ -50,10 +50,7 @@ class SampleTable(L.Callback):
 
     def write(self, trainer: L.Trainer, samples: list[Sample], name: str) -> None:
         """Write the samples of all processes; all must take part."""
-        if trainer.world_size > 1:
-            parts: list[list[Sample]] = [[]] * trainer.world_size
-            torch.distributed.all_gather_object(parts, samples)
-            samples = [sample for part in parts for sample in part]
+        samples = [sample for part in gather_objects(samples, trainer.world_size) for sample in part]
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / "samples"

@@ -126,8 +126,7 @@ class PolicyModule(L.LightningModule):
         logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted)
         ref_logps = batch.ref_logps
         if ref_logps is None and self.reference is not None:
-            with torch.no_grad():
-                ref_logps, _ = self.reference(batch.tokens, batch.mask, batch.temperature)
+            ref_logps = self.logps_of(self.reference, batch)
         if batch_idx == 0 and batch.sampler_logps is not None:
             mismatch = self.check_mismatch(logps.detach(), batch)
             self.log_dict(
@@ -171,11 +170,8 @@ class PolicyModule(L.LightningModule):
         for name, value in metrics.items():
             reduce_fx, count = "mean", torch.ones(())
             if isinstance(value, tuple):
-                total, count = (
-                    value[0],
-                    value[1].to(value[0].dtype),
-                )  # whole numbers are cut off when ranks average them
-                value = total / count.clamp(min=1)
+                count = value[1].to(value[0].dtype)  # ranks would cut the mean of whole numbers off
+                value = value[0] / count.clamp(min=1)
             elif name.startswith("loss"):
                 # Shares add up over a step's micro-batches and ranks; the epoch's value is the mean over its steps.
                 reduce_fx, value = "sum", value / updates
@@ -191,16 +187,20 @@ class PolicyModule(L.LightningModule):
                 batch_size=count,
             )
 
-    @torch.no_grad()
+    def logps_of(self, model: Policy, batch: Batch) -> Tensor:
+        """Log-probs of a batch by the policy or the reference, without gradient, in a training step or outside."""
+        with torch.no_grad(), self.trainer.strategy.precision_plugin.forward_context():
+            logps, _ = model(batch.tokens, batch.mask, batch.temperature)
+        return logps
+
     def estimate_kl_baseline(self, batches: list[Batch]) -> Tensor:
         """Mean log-ratio of policy to reference over mismatched completions of all processes."""
         assert self.policy is not None
         assert self.reference is not None
         total = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:
-            logps, _ = self.policy(batch.tokens, batch.mask, batch.temperature)
-            ref_logps, _ = self.reference(batch.tokens, batch.mask, batch.temperature)
-            total += torch.stack([(logps - ref_logps).sum(), logps.new_tensor(len(logps))])
+            log_ratio = self.logps_of(self.policy, batch) - self.logps_of(self.reference, batch)
+            total += torch.stack([log_ratio.sum(), log_ratio.new_tensor(len(log_ratio))])
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         return total[0] / total[1]
 
@@ -234,17 +234,13 @@ class PolicyModule(L.LightningModule):
             "kl": (difference.exp() - 1 - difference).mean(),
         }
 
-    @torch.no_grad()
     def on_train_epoch_start(self) -> None:
         """Score the rollouts of later updates before the first one moves the policy, if that is asked for."""
         assert self.policy is not None
-        if self.old_policy == "trainer" and isinstance(batches := self.trainer.datamodule.train_batches, list):
-            for batch in batches:
+        if self.old_policy == "trainer":
+            for batch in self.trainer.datamodule.sampled_batches():
                 if not batch.on_policy:
-                    moved = batch.to(self.device)
-                    with self.trainer.strategy.precision_plugin.forward_context():
-                        logps, _ = self.policy(moved.tokens, moved.mask, moved.temperature)
-                    batch.old_logps = logps.to(batch.tokens.device)
+                    batch.old_logps = self.logps_of(self.policy, batch.to(self.device)).to(batch.tokens.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.policy is not None

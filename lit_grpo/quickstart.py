@@ -37,7 +37,7 @@ def make_task(folder: Path, seed: int) -> None:
     The problems are all sums of two numbers from 10 to 99; the held-out ones are in no other file.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+    from transformers import PreTrainedTokenizerFast, set_seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -51,20 +51,13 @@ def make_task(folder: Path, seed: int) -> None:
     ).save_pretrained(folder / "model")
 
     set_seed(seed)
-    config = Qwen2Config(
+    small_qwen(
         vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=vocabulary["<eos>"],
         pad_token_id=vocabulary["<pad>"],
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    ).save_pretrained(folder / "model")
 
     draw = random.Random(seed)
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
@@ -86,6 +79,15 @@ def make_task(folder: Path, seed: int) -> None:
         for a, b in draw.choices(problems[NUM_VAL:], k=NUM_DEMONSTRATIONS)
     ]
     write_jsonl(folder / "pairs.jsonl", pairs)
+
+
+def small_qwen(**settings: Any) -> Any:
+    """A random Qwen2 for causal language modelling, of 0.5 M parameters unless the settings of its config differ."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return Qwen2ForCausalLM(Qwen2Config(**(size | heads | {"tie_word_embeddings": True} | settings)))
 
 
 def wrong(draw: random.Random) -> int:

@@ -12,7 +12,6 @@ import torch
 from conftest import quiet_trainer
 from test_invariance import even_first_digit
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from callbacks import HFRollout, VLLMRollout
 from lit_grpo.data import RolloutData, Source
@@ -21,6 +20,7 @@ from lit_grpo.errors import UserError
 from lit_grpo.losses import GRPO
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import load_tokenizer
+from lit_grpo.quickstart import small_qwen
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -61,20 +61,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> str:
     """A small model with room for prompts that fill blocks of a prefix cache, and with large embeddings."""
     folder = tmp_path_factory.mktemp("long")
     torch.manual_seed(0)
-    lm = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=16,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            eos_token_id=1,
-            initializer_range=0.1,
-        )
-    )
+    lm = small_qwen(vocab_size=16, max_position_embeddings=1024, eos_token_id=1, initializer_range=0.1)
     lm.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
     return str(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,7 +225,11 @@ class TestKLBaseline:
         """Claim C22: and matched ones would give another number."""
         module = PolicyModule(model, KTO())
         module.policy, module.reference = load_policy(model), load_reference(model)
-        module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x))
+        module._trainer = SimpleNamespace(
+            strategy=SimpleNamespace(
+                reduce=lambda x, reduce_op: x, precision_plugin=SimpleNamespace(forward_context=nullcontext)
+            )
+        )
         rows = mismatched_rows(self.ROWS, 2)
         batches = [collate(rows[i : i + 4], 8, 16) for i in (0, 4)]
         assert module.estimate_kl_baseline(batches).item() == 0  # the policy is the reference
@@ -251,6 +256,16 @@ class TestKLBaseline:
 
     def test_is_logged(self, model: str, few_prompts: str, tmp_path: Path):
         assert run(model, few_prompts, tmp_path, KTO())["kl_baseline"] == 0
+
+
+def test_offline_data_has_no_old_policy_to_score(model: str, tmp_path: Path):
+    row = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    module = PolicyModule(model, DPO(), old_policy="trainer")
+    data = PreferenceData(Preferences(str(tmp_path / "pairs.jsonl")), batch_size=1)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 1
 
 
 @pytest.mark.parametrize("loss", [DPO(), KTO(), SFT()])

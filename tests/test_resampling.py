@@ -56,8 +56,8 @@ def test_fresh_prompts_are_none_of_the_phase_and_come_once(model: str, many_prom
 def test_groups_that_were_informative_keep_their_place(model: str, many_prompts: str):
     plain, _ = collected(model, many_prompts, resample_ties=False)
     data, _ = collected(model, many_prompts)
-    kept = {tuple(row.tolist()) for batch in plain.train_batches for row in batch.tokens[batch.advantages != 0]}
-    rows = {tuple(row.tolist()) for batch in data.train_batches for row in batch.tokens}
+    kept = {tuple(row.tolist()) for batch in plain.sampled_batches() for row in batch.tokens[batch.advantages != 0]}
+    rows = {tuple(row.tolist()) for batch in data.sampled_batches() for row in batch.tokens}
     unpadded = lambda rows: {tuple(t for t in row if t) for row in rows}  # noqa: E731
     assert unpadded(kept) < unpadded(rows)
 

@@ -122,7 +122,8 @@ def test_global_random_numbers_are_left_alone(save: Callable[..., str], model: s
 
 
 def test_nothing_is_loaded_before_the_first_call():
-    RewardModel("nowhere/nothing")
+    reward = RewardModel("nowhere/nothing")
+    assert not {"tokenizer", "classifier"} & vars(reward).keys()
 
 
 def test_two_labels_are_refused(save: Callable[..., str]):

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_grpo.data.loader import FilledLoader
-from lit_grpo.data.prompts import Prompt, Source, load_prompts
-from lit_grpo.data.types import Group, Sample
+from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
+from lit_grpo.data.types import Batch, Group, Sample
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
 from lit_grpo.rewards import math_reward
@@ -105,11 +105,7 @@ class PromptData(L.LightningDataModule):
         """Load, tokenise and filter the prompts of a source."""
         module = self.trainer.lightning_module
         prompts = load_prompts(source, key, module.tokenizer, self.template, self.chat_template)
-        if (last := max(max(prompt.token_ids) for prompt in prompts)) >= module.vocab_size:
-            raise UserError(
-                f"model.model: its tokenizer makes the token {last} of {key}, but the model has only"
-                f" {module.vocab_size} tokens. The two do not belong together."
-            )
+        check_vocabulary(max(max(prompt.token_ids) for prompt in prompts), module.vocab_size, key)
         limit = self.max_prompt_tokens
         kept = [p for p in prompts if limit is None or len(p.token_ids) <= limit]
         if not kept:
@@ -244,6 +240,10 @@ class PromptData(L.LightningDataModule):
                     f" {sample}."
                 )
             sample.reward = float(reward)
+
+    def sampled_batches(self) -> list[Batch]:
+        """Micro-batches of the rollouts that are about to be trained on; none where nobody sampled."""
+        return []
 
     def collect_eval(self, engine: Engine, sampling: Sampling, split: str) -> None:
         """Sample this rank's share of the held-out prompts and fill the loader that is read next."""

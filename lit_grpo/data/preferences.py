@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lit_grpo.data.base import PromptData
 from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
 from lit_grpo.data.layouts import Example, Preferences, read_examples
-from lit_grpo.data.prompts import as_messages, check_templates, encode_prompt, render_chat
+from lit_grpo.data.prompts import as_messages, check_templates, check_vocabulary, encode_prompt, render_chat
 from lit_grpo.data.types import Batch, Completion, Group
 from lit_grpo.errors import UserError
 
@@ -102,11 +102,7 @@ class PreferenceData(PromptData):
             encoded = iter(module.tokenizer(texts, add_special_tokens=False)["input_ids"])
             for example, (prompt_ids, completions) in zip(chunk, rendered, strict=True):
                 ids = [prompt_ids, *(self.with_stop(next(encoded)) for _ in completions)]
-                if (last := max(map(max, ids))) >= len(numbers):
-                    raise UserError(
-                        f"model.model: its tokenizer makes the token {last} of {example.where}, but the model has only"
-                        f" {len(numbers)} tokens. The two do not belong together."
-                    )
+                check_vocabulary(max(map(max, ids)), len(numbers), example.where)
                 prompt_ids, *sides = [[numbers[token] for token in part] for part in ids]
                 cut = [Completion(side[:limit], truncated=limit is not None and len(side) > limit) for side in sides]
                 yield Group(prompt_ids, cut, example.rewards)

@@ -176,6 +176,19 @@ def render_chat(messages: list[dict[str, str]], where: str, tokenizer: Any, add_
     return text
 
 
+def check_vocabulary(last: int, size: int, where: str) -> None:
+    """Refuse a tokenizer that makes tokens which the model does not have.
+
+    Raises:
+        UserError: if the largest token id is not below the model's number of tokens.
+    """
+    if last >= size:
+        raise UserError(
+            f"model.model: its tokenizer makes the token {last} of {where}, but the model has only {size} tokens. The"
+            " two do not belong together."
+        )
+
+
 def check_templates(template: str, chat_template: bool, tokenizer: Any) -> None:
     """Refuse a template without a place for the prompt, and a chat template that is not there."""
     if "{prompt}" not in template:

@@ -15,6 +15,7 @@ from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, se
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.data.types import Batch, Group
+from lit_grpo.distributed import gather_objects
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
 
@@ -208,19 +209,8 @@ class RolloutData(PromptData):
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),
         }
 
-    @property
-    def train_batches(self) -> list[Batch] | None:
-        """Micro-batches of the phase that is about to be trained on."""
-        return self.loaders["train"].items
+    def sampled_batches(self) -> list[Batch]:
+        return self.loaders["train"].items or []
 
     def train_dataloader(self) -> Any:
         return self.loaders["train"]
-
-
-def gather_objects(mine: Any, world: int) -> list[Any]:
-    """What every process holds, in the order of ranks; all must take part."""
-    if world == 1:
-        return [mine]
-    parts = [None] * world
-    torch.distributed.all_gather_object(parts, mine)
-    return parts

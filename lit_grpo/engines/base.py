@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -55,7 +55,7 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.end = seconds, time.monotonic() + seconds
 
-    def check(self, what: str) -> None:
+    def check(self, what: Callable[[], str]) -> None:
         """Give up what has not finished.
 
         Raises:
@@ -63,8 +63,8 @@ class Deadline:
         """
         if time.monotonic() > self.end:
             raise UserError(
-                f"The engine did not finish within {self.seconds:g} s (rollout.init_args.timeout): {what}. Checkpoints"
-                " of earlier phases hold. Raise timeout if generation is that slow, or lower max_tokens or"
+                f"The engine did not finish within {self.seconds:g} s (rollout.init_args.timeout): {what()}."
+                " Checkpoints of earlier phases hold. Raise timeout if generation is that slow, or lower max_tokens or"
                 " data.init_args.prompts_per_phase."
             )
 

@@ -65,7 +65,9 @@ class HFEngine(Engine):
         device, width = self.model.device, max(map(len, prompts))
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampler = _Sampler(sampling, seeds, device, lambda t: deadline.check(f"token {t} of the prompt {prompts[-1]}"))
+        sampler = _Sampler(
+            sampling, seeds, device, lambda t: deadline.check(lambda: f"token {t} of the prompt {prompts[-1]}")
+        )
         output = self.model.generate(
             padded,
             attention_mask=attention,

@@ -118,12 +118,10 @@ class VLLMEngine(Engine):
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     engine.add_request(str(i), {"prompt_token_ids": prompt}, self.params(n, sampling, seed))
                 while engine.has_unfinished_requests():
+                    deadline.check(lambda: next(f"prompt {i}, {p}" for i, p in enumerate(prompts) if i not in finished))
                     for output in engine.step():
                         if output.finished:
                             finished[int(output.request_id)] = [_completion(sample) for sample in output.outputs]
-                    waiting = next((i for i in range(len(prompts)) if i not in finished), None)
-                    if waiting is not None:
-                        deadline.check(f"prompt {waiting} of {len(prompts)}, {prompts[waiting]}")
         except UserError:
             engine.abort_request([str(i) for i in range(len(prompts)) if i not in finished])
             raise
