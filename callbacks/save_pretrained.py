@@ -14,7 +14,7 @@ class SavePretrained(L.Callback):
     """Writes ``pretrained/`` into the run folder when training ends: ``transformers`` and vLLM load it by its path."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        weights = dict(full_weights(pl_module.policy.lm))  # all ranks take part
+        weights = dict(full_weights(pl_module.policy))  # all ranks take part
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "pretrained"
             pl_module.policy.lm.save_pretrained(folder, state_dict=weights)

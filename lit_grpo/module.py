@@ -32,7 +32,7 @@ class PolicyModule(L.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass, for less memory and about a third more time.
         correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
-            this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.02 is
+            this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.04 is
             normal in bfloat16, 1e-5 in float32. If not given, 0.001 in float32 on a CPU, else 0.1.
         old_policy: whose log-probs later updates of a phase compare with: those that the ``sampler`` gave, or the
             ``trainer``'s own, which cost one more forward pass of these updates.

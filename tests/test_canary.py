@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import quiet_trainer
-from test_invariance import even_first_digit
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_invariance import even_first_digit, furthest
 from torch import Tensor
 
 from callbacks import HFRollout, VLLMRollout
@@ -143,3 +144,32 @@ def test_an_evaluation_is_checked_too(model: str, few_prompts: str, tmp_path: Pa
     data = RolloutData(Source(few_prompts), val=Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
     with pytest.raises(UserError, match="The engine does not run the current policy"):
         quiet_trainer(tmp_path, callbacks=[Cooler(max_tokens=4)]).validate(module, datamodule=data, verbose=False)
+
+
+@pytest.mark.vllm
+def test_after_an_engine_died_in_a_phase_the_run_goes_on_from_the_one_before(
+    model: str, many_prompts: str, tmp_path: Path
+):
+    """And ends with the weights of a run in which nothing died."""
+
+    class Mortal(VLLMRollout):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                steps = iter(range(3))
+                step = self.engine.llm.llm_engine.step
+                self.engine.llm.llm_engine.step = lambda: (next(steps), step())[1]
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def run(rollout: VLLMRollout, ckpt_path: str | None = None) -> dict[str, Tensor]:
+        module = PolicyModule(model, GRPO(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+        data = RolloutData(Source(many_prompts), reward=even_first_digit, prompts_per_phase=8, group_size=4)
+        checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1, save_on_train_epoch_end=True)
+        options = {"max_epochs": 3, "callbacks": [rollout, checkpoint], "enable_checkpointing": True}
+        quiet_trainer(tmp_path, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return {name: tensor.detach() for name, tensor in module.policy.state_dict().items()}
+
+    with pytest.raises(UserError, match="vLLM failed while generating: StopIteration"):
+        run(Mortal(max_tokens=6))
+    resumed = run(VLLMRollout(max_tokens=6), ckpt_path=str(tmp_path / "last.ckpt"))
+    (tmp_path / "last.ckpt").unlink()
+    assert furthest(resumed, run(VLLMRollout(max_tokens=6))) == 0

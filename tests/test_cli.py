@@ -297,6 +297,10 @@ MISTAKES = {
     "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], r"ckpt_path: no checkpoint 'nowhere.ckpt'"),
     "no such strategy": (["--trainer.strategy=fdsp"], r"trainer: .*fdsp"),
     "no device": (["--trainer.devices=0"], r"devices='0'"),
+    "cut distribution": (
+        ["--rollout.top_p=0.9"],
+        r"'top_p' is not accepted\s+Rollouts are drawn from the whole .* rollout.init_args.evaluation.top_p.$",
+    ),
     "batch of zero": (["--rollout.max_batch_size=0"], r"rollout.init_args.max_batch_size: .* got 0"),
     "table every zero phases": (["--samples.every_n_phases=0"], r"samples.every_n_phases: .* got 0"),
     "bf16-true": (["--trainer.precision=bf16-true"], r"trainer.precision: bf16-true .* Use bf16-mixed"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_weights import with_adapters
 from torch import Tensor
 
+from callbacks import VLLMRollout
 from lit_grpo.data.types import Completion
 from lit_grpo.engines import Deadline, Engine, HFEngine, Sampling, VLLMEngine, full_weights
 from lit_grpo.errors import UserError
@@ -56,6 +60,7 @@ class PlainEngine(Engine):
             logits = logits / (sampling.temperature or 1)
             order = logits.argsort(descending=True)
             kept = logits.softmax(-1)[order].cumsum(-1).roll(1) < sampling.top_p
+            kept &= logits[order] - logits.max() >= math.log(sampling.min_p or 1e-30)
             kept[0] = True
             kept[sampling.top_k or len(kept) :] = False
             allowed = torch.full_like(logits, -torch.inf)
@@ -109,6 +114,19 @@ def test_a_new_policy_is_followed_head_included(engine: Engine, policy: Policy, 
         assert completion.logps == pytest.approx(trainer_logps(other, PROMPTS[0], completion.token_ids, 1.0), abs=1e-4)
         stale = trainer_logps(policy, PROMPTS[0], completion.token_ids, 1.0)
         assert max(abs(a - b) for a, b in zip(completion.logps, stale, strict=True)) > 0.1
+    finally:
+        engine.load_weights(full_weights(policy.lm))
+
+
+def test_merged_adapters_are_followed(engine: Engine, policy: Policy, model: str):
+    adapted = with_adapters(load_policy(model))
+    try:
+        engine.load_weights(full_weights(adapted))
+        completion = engine.generate(PROMPTS[:1], 1, Sampling(max_tokens=8), [5])[0][0]
+        expected = trainer_logps(adapted, PROMPTS[0], completion.token_ids, 1.0)
+        assert completion.logps == pytest.approx(expected, abs=1e-4)
+        base = trainer_logps(load_policy(model), PROMPTS[0], completion.token_ids, 1.0)
+        assert max(abs(a - b) for a, b in zip(expected, base, strict=True)) > 0.1
     finally:
         engine.load_weights(full_weights(policy.lm))
 
@@ -168,15 +186,16 @@ def test_greedy(engine: Engine, policy: Policy):
         assert completion.token_ids == [policy.lm(torch.tensor(PROMPTS[:1])).logits[0, -1].argmax().item()]
 
 
-def test_top_k_and_top_p_keep_the_likeliest(engine: Engine, policy: Policy):
+def test_top_k_top_p_and_min_p_keep_the_likeliest(engine: Engine, policy: Policy):
     with torch.no_grad():
         likeliest = policy.lm(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1).sort(descending=True)
     for sampling, kept in (
         (Sampling(1, top_k=2), 2),
         (Sampling(1, top_p=likeliest.values[:3].sum().item() - 1e-3), 3),
+        (Sampling(1, min_p=(likeliest.values[2:4].mean() / likeliest.values[0]).item()), 3),
     ):
         drawn = {c.token_ids[0] for c in engine.generate(PROMPTS[:1], 200, sampling, [1])[0]}
-        assert drawn <= set(likeliest.indices[:kept].tolist())
+        assert drawn == set(likeliest.indices[:kept].tolist())
 
 
 def test_engine_leaves_the_trainers_random_numbers_alone(engine: Engine):
@@ -230,6 +249,22 @@ def test_a_generation_that_does_not_come_back_is_given_up(engine: Engine, monkey
     assert len(engine.generate(PROMPTS, 2, Sampling(max_tokens=4), [1, 2, 3])) == 3  # and goes on
 
 
+def test_a_call_that_never_returns_ends_the_process(model: str):
+    script = f"""
+import time
+from lit_grpo.engines import Deadline, HFEngine, Sampling
+from lit_grpo.policy import load_config
+Deadline.grace = 0.1
+engine = HFEngine(load_config({model!r}), [1], 64, timeout=0.1)
+engine.model.generate = lambda *_, **__: time.sleep(10**6)
+engine.generate([[3, 4]], 1, Sampling(4), [1])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert "did not finish within 0.1 s (rollout.init_args.timeout)" in run.stderr
+    assert "in _decode" in run.stderr
+
+
 def test_hf_engine_holds_no_copy_of_the_weights(model: str, policy: Policy):
     engine = HFEngine(load_config(model), [1], context=64)
     engine.load_weights(full_weights(policy.lm))
@@ -252,6 +287,7 @@ def test_hf_engine_stops_at_every_id(model: str, policy: Policy):
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
     ],
 )
 def test_impossible_sampling_names_the_key(setting: dict[str, float], message: str):
@@ -280,6 +316,14 @@ class TestVLLMFailures:
         monkeypatch.setattr(vllm, "LLM", lambda **_: None)
         with pytest.warns(UserWarning, match=r"vLLM 0.99.0 is not among .*>=0.22,<0.34"):
             VLLMEngine(model, [1], context=64)
+
+    @pytest.mark.parametrize("temperature", [0.001, 2.5])
+    def test_temperatures_it_does_not_sample_at(self, temperature: float):
+        with pytest.raises(UserError, match=rf"init_args.temperature: .*from 0.01 to 2, got {temperature}"):
+            VLLMRollout(temperature=temperature)
+        with pytest.raises(UserError, match=rf"evaluation.temperature: .*from 0.01 to 2, got {temperature}"):
+            VLLMRollout(evaluation=Sampling(temperature=temperature))
+        VLLMRollout(evaluation=Sampling(temperature=0))
 
     def test_an_engine_that_dies_names_the_way_on(self, monkeypatch: pytest.MonkeyPatch, model: str):
         import vllm

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -32,12 +36,16 @@ class Sampling:
     top_k: int = 0
     """Number of likeliest tokens kept; 0 keeps all."""
 
+    min_p: float = 0.0
+    """Tokens with less than this share of the likeliest one's probability are left out; 0 keeps all."""
+
     def __post_init__(self) -> None:
         for key, value, ok, expected in (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "a whole number >= 1"),
             ("temperature", self.temperature, self.temperature >= 0, "a number >= 0"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "a whole number >= 0"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
         ):
             if not ok:
                 raise UserError(
@@ -46,14 +54,31 @@ class Sampling:
 
 
 class Deadline:
-    """The time until which a call must have come back.
+    """The time within which a block must be over.
+
+    The block calls ``check`` as often as it can. Where it cannot, because one call into the engine never returns, the
+    process is ended: nothing else would interrupt it, and the other processes of the run would wait forever.
 
     Args:
-        seconds: from now.
+        seconds: from the start of the block.
     """
 
+    grace = 60.0
+    """Seconds that one call may go on after the time is over."""
+
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.end = seconds, time.monotonic() + seconds
+        self.seconds = seconds
+        self.what: Callable[[], str] = lambda: "nothing was generated yet"
+
+    def __enter__(self) -> Deadline:
+        self.end = time.monotonic() + self.seconds
+        self.watchdog = threading.Timer(self.seconds + self.grace, self.end_process)
+        self.watchdog.daemon = True
+        self.watchdog.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watchdog.cancel()
 
     def check(self, what: Callable[[], str]) -> None:
         """Give up what has not finished.
@@ -61,12 +86,21 @@ class Deadline:
         Raises:
             UserError: if the time is over; ``what`` names the prompt and how far it came.
         """
+        self.what = what
         if time.monotonic() > self.end:
-            raise UserError(
-                f"The engine did not finish within {self.seconds:g} s (rollout.init_args.timeout): {what()}."
-                " Checkpoints of earlier phases hold. Raise timeout if generation is that slow, or lower max_tokens or"
-                " data.init_args.prompts_per_phase."
-            )
+            raise UserError(self.message())
+
+    def message(self) -> str:
+        return (
+            f"The engine did not finish within {self.seconds:g} s (rollout.init_args.timeout): {self.what()}."
+            " Checkpoints of earlier phases hold. Raise timeout if generation is that slow, or lower max_tokens or"
+            " data.init_args.prompts_per_phase."
+        )
+
+    def end_process(self) -> None:
+        print(f"{self.message()} A call into it does not return, so this process ends. It is at:", file=sys.stderr)
+        faulthandler.dump_traceback()
+        os._exit(1)
 
 
 class Engine(ABC):
@@ -108,7 +142,10 @@ class Engine(ABC):
                     f" rollout.init_args.max_tokens {sampling.max_tokens} is beyond the {self.context} it was made for."
                     " Lower max_tokens, or leave long prompts out with data.init_args.max_prompt_tokens."
                 )
-        return self._generate(prompts, n, sampling, seeds, Deadline(self.timeout)) if prompts else []
+        if not prompts:
+            return []
+        with Deadline(self.timeout) as deadline:
+            return self._generate(prompts, n, sampling, seeds, deadline)
 
     @abstractmethod
     def _generate(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.initialization import no_init_weights
 
 from lit_grpo.data.types import Completion
@@ -101,7 +101,9 @@ class _Sampler(LogitsProcessor):
         self.logps: list[Tensor] = []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms = torch.stack([torch.rand(sampling.max_tokens, generator=g) for g in generators]).to(device)
-        self.filters = LogitsProcessorList()
+        self.filters = LogitsProcessorList()  # in vLLM's order
+        if sampling.min_p:
+            self.filters.append(MinPLogitsWarper(sampling.min_p))
         if sampling.top_k:
             self.filters.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:

@@ -141,6 +141,7 @@ class VLLMEngine(Engine):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
             stop_token_ids=self.stop_token_ids,
             logprobs=0,
             detokenize=False,

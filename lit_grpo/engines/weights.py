@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "base_model.model.", "base_layer.")
+WRAPPERS = re.compile(
+    r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
+    r"|base_model\.model\.|base_layer\.|modules_to_save\.[^.]+\."
+)
 """What strategies, compilation and adapters put into names."""
 
 
 def canonical_name(name: str) -> str:
     """The Hugging Face name of a parameter.
 
-    >>> canonical_name("base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.base_layer.weight")
+    >>> canonical_name("lm.base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.base_layer.weight")
     'model.layers.0.mlp.up_proj.weight'
     """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return WRAPPERS.sub("", name).removeprefix("lm.")
 
 
-def full_weights(lm: nn.Module, bucket_mib: int = 512) -> Iterator[tuple[str, Tensor]]:
+def full_weights(policy: nn.Module, bucket_mib: int = 512) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor); all ranks must iterate together.
 
     A tied head is yielded under its own name too: vLLM keeps sampling from the old head if it is left out. Low-rank
-    adapters are merged into the weights they adapt, on a copy. Sharded tensors are gathered a bucket at a time, so that
-    a second copy of the whole model never exists.
+    adapters are merged into the weights they adapt, on a copy. Sharded tensors are gathered a bucket at a time, with
+    FSDP1 a unit at a time, so that a second copy of the whole model never exists.
 
     Args:
-        lm: the policy's language model.
+        policy: a :class:`~lit_grpo.policy.Policy`, or a language model alone.
         bucket_mib: gathered weights that exist at once, in MiB; at least one tensor.
     """
-    adapted = {name: module for name, module in lm.named_modules() if hasattr(module, "get_delta_weight")}
+    adapted = {canonical_name(name): m for name, m in policy.named_modules() if hasattr(m, "get_delta_weight")}
     bucket: list[tuple[str, Tensor]] = []
     size = 0
-    for name, tensor in lm.state_dict().items():
-        if ".lora_" in name:
+    for stored_name, tensor in stored_tensors(policy):
+        if ".lora_" in stored_name or ".original_module." in stored_name:
             continue
-        module = adapted.get(name.removesuffix(".base_layer.weight"))
-        if module is not None and name.endswith(".base_layer.weight"):
-            tensor = merged(module, tensor)
+        name = canonical_name(stored_name)
+        if name.endswith(".weight") and (layer := adapted.get(name.removesuffix(".weight"))):
+            tensor = merged(layer, tensor)
+        size += tensor.numel() * tensor.element_size()
         if isinstance(tensor, DTensor):
-            size += tensor.numel() * tensor.element_size()
             tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=True).to_local()
-        bucket.append((canonical_name(name), tensor))
+        bucket.append((name, tensor))
         if size >= bucket_mib * 2**20:
-            yield from bucket
+            yield from arrived(bucket)
             bucket, size = [], 0
-    yield from bucket
+    yield from arrived(bucket)
+
+
+def arrived(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Wait for each tensor that is still being gathered."""
+    return ((name, t.wait() if isinstance(t, AsyncCollectiveTensor) else t) for name, t in bucket)
+
+
+def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors as the strategy holds them; those of FSDP1, which has no other form, gathered unit by unit."""
+    units = {canonical_name(name): m for name, m in policy.named_modules() if isinstance(m, FullyShardedDataParallel)}
+    if not units:
+        yield from policy.state_dict().items()
+    for prefix, unit in units.items():
+        inner = tuple(f"{other}." for other in units if other != prefix and other.startswith(prefix))
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):
+                if not canonical_name(name).startswith(inner):
+                    yield name, parameter.detach().clone()
 
 
 def merged(module: Any, weight: Tensor) -> Tensor:

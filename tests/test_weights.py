@@ -1,0 +1,123 @@
+"""Weights for the engine: Hugging Face names and full tensors, from every form in which a policy is held."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_grpo.engines import full_weights
+from lit_grpo.policy import Policy, load_policy, shard
+
+
+def unlike(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> set[str]:
+    """Names that only one side has, or whose tensors differ."""
+    both = found.keys() & expected.keys()
+    return (found.keys() ^ expected.keys()) | {n for n in both if (found[n] - expected[n]).abs().max() > tolerance}
+
+
+def test_a_tied_head_has_its_own_name(model: str):
+    lm = load_policy(model).lm
+    found = dict(full_weights(lm))
+    assert not unlike(found, lm.state_dict())
+    assert found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()
+
+
+def test_names_are_those_of_the_language_model(model: str):
+    policy = load_policy(model)
+    assert not unlike(dict(full_weights(policy)), policy.lm.state_dict())
+    policy.lm.model.layers[0] = torch.compile(policy.lm.model.layers[0])
+    assert not unlike(dict(full_weights(policy)), dict(full_weights(load_policy(model))))
+
+
+class TestAdapters:
+    @pytest.fixture
+    def adapted(self, model: str) -> nn.Module:
+        """Adapters with values of their own on every linear layer, and a norm that is trained as a whole."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        adapters = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, modules_to_save=["norm"])
+        lm = get_peft_model(load_policy(model).lm, adapters)
+        with torch.no_grad():
+            lm.base_model.model.model.norm.modules_to_save.default.weight.mul_(1.5)
+        return lm
+
+    def test_they_are_merged_as_peft_would(self, adapted: nn.Module, model: str):
+        expected = copy.deepcopy(adapted).merge_and_unload().state_dict()
+        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+        found = dict(full_weights(adapted))
+        assert not unlike(found, expected, 1e-6)
+        assert not unlike(before, adapted.state_dict())  # merged on a copy
+        start = load_policy(model).lm.state_dict()
+        changed = {name for name in start if not torch.equal(start[name], found[name])}
+        assert changed == {name for name in start if name.endswith("proj.weight")} | {"model.norm.weight"}
+
+
+def fsdp1(policy: Policy) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    layers = policy.lm.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = FullyShardedDataParallel(layer, **options)
+    return FullyShardedDataParallel(policy, **options)
+
+
+def fsdp2(policy: Policy) -> nn.Module:
+    shard(policy, torch.distributed.init_device_mesh("cpu", (2,)))
+    return policy
+
+
+def with_adapters(policy: Policy) -> Policy:
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    policy.lm.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return policy
+
+
+SHARDED: dict[str, Callable[[Policy], nn.Module]] = {
+    "fsdp1": fsdp1,
+    "fsdp2": fsdp2,
+    "fsdp1, adapters": lambda policy: fsdp1(with_adapters(policy)),
+    "fsdp2, adapters": lambda policy: fsdp2(with_adapters(policy)),
+}
+
+
+def test_every_process_gathers_what_all_share_out(model: str, tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, json.dumps([model, str(tmp_path), rank])], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+    plain = dict(full_weights(load_policy(model)))
+    adapted = dict(full_weights(with_adapters(load_policy(model))))
+    for rank in range(2):
+        for name, (held, found) in torch.load(tmp_path / f"{rank}.pt").items():
+            assert not unlike(found, adapted if "adapters" in name else plain, 1e-6), name
+            assert held < 0.6 * sum(tensor.numel() for tensor in plain.values()), name
+
+
+if __name__ == "__main__":
+    model, folder, rank = json.loads(sys.argv[1])
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    found = {}
+    for name, shared_out in SHARDED.items():
+        policy = shared_out(load_policy(model))
+        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in policy.parameters())
+        weights = list(full_weights(policy, bucket_mib=1))
+        assert len(dict(weights)) == len(weights)
+        found[name] = held, dict(weights)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
