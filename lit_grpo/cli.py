@@ -61,11 +61,10 @@ class Parser(LightningArgumentParser):
     """Ends with the message alone: the usage line of a parser with 200 options would hide it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        cut = re.search(r"'(top_p|top_k|min_p)' is not accepted$", message)  # of a rollout
-        if cut:
+        if cut := re.search(r"'(top_p|top_k|min_p)' is not accepted$", message):
             message += (
-                f"\nRollouts are drawn from the whole distribution: with {cut[1]} they would not be the policy's own, and"
-                f" its log-probs those of another. Held-out prompts may have it: rollout.init_args.evaluation.{cut[1]}."
+                f"\nRollouts are drawn from the whole distribution: with {cut[1]} they would not be the policy's own."
+                f" Held-out prompts may have it: rollout.init_args.evaluation.{cut[1]}."
             )
         noise = r"\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
         raise UserError("\n".join(line for line in message.splitlines() if not re.match(noise, line))) from ex
