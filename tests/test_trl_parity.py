@@ -132,12 +132,14 @@ class Rows:
 def bare(trainer: type, **attributes: Any) -> Any:
     """A trainer of TRL with these attributes and no others: to read one that is missing is an error."""
     identity = lambda x, **_: x  # noqa: E731
+    model = torch.nn.Module()
+    model.is_gradient_checkpointing = False
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=1, gather=identity, gather_for_metrics=identity, reduce=identity
     )
     common = {
         "accelerator": accelerator,
-        "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        "model": model,
         "aux_loss_enabled": False,
         "_metrics": defaultdict(lambda: defaultdict(list)),
         "_total_train_tokens": 0,
