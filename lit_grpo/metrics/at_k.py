@@ -1,22 +1,96 @@
-"""Mean@k and Pass@k as torchmetrics. The mean is over problems, so problems with more samples do not weigh more."""
+"""Mean@k, Pass@k and their relatives as torchmetrics.
+
+The mean is over problems, so problems with more samples do not weigh more. All of them keep one value per problem, so
+that results are exact under any split between processes, also where a sampler repeats problems to make shares even:
+such rows are told by their ``ids``.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from lit_grpo.metrics.functional import mean_at_k, pass_at_k
+from lit_grpo.metrics.functional import best_at_n, maj_at_k, mean_at_k, mean_interval, pass_at_k, pass_hat_k
 
 
-class MeanAtK(Metric):
+class OverProblems(Metric, ABC):
+    """Means over problems of values that ``values_of`` makes of what ``update`` gets.
+
+    Args:
+        k: one or several k.
+        level: of a confidence interval over problems; if given, ``compute`` returns ``[2]`` for each k, the mean and
+            the half-width of its interval (:func:`~lit_grpo.metrics.functional.mean_interval`).
+
+    Raises:
+        ValueError: if a k is below 1, or the level not between 0 and 1.
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    values: list[Tensor]
+    ids: list[Tensor]
+
+    def __init__(self, k: int | Sequence[int], level: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = (k,) if isinstance(k, int) else tuple(k)
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"Expected `k` to be one or several numbers >= 1, got {k}.")
+        if level is not None and not 0 < level < 1:
+            raise ValueError(f"Expected `level` between 0 and 1, got {level}.")
+        self.level = level
+        self.add_state("values", [], dist_reduce_fx="cat")
+        self.add_state("ids", [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        """Values ``[P]`` of P problems."""
+
+    def update(self, first: Tensor, second: Tensor, ids: Tensor | None = None) -> None:
+        """Add P problems.
+
+        Args:
+            first: ``num_correct [P]``; for MajAtK ``votes [P, n]``.
+            second: ``num_samples [P]``; for MajAtK ``correct [P, n]``.
+            ids: ``[P]`` whole numbers >= 0 that name the problems; of several rows with one id the first counts. If not
+                given, every row is a problem of its own.
+        """
+        self.values.append(torch.stack([self.values_of(first, second, k) for k in self.k], dim=1))
+        self.ids.append(torch.full((len(first),), -1, device=first.device) if ids is None else ids)
+
+    def per_problem(self) -> Tensor:
+        """Values ``[P, number of k]`` of the problems so far, of this process outside ``compute``."""
+        values, ids = dim_zero_cat(self.values), dim_zero_cat(self.ids)
+        order = ids.argsort(stable=True)
+        sorted_ids = ids[order]
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[1:] = (sorted_ids[1:] != sorted_ids[:-1]) | (sorted_ids[1:] < 0)
+        return values[order[new]]
+
+    def compute(self) -> Any:
+        """Each k and its mean over problems, a scalar, or ``[2]`` with a ``level``; NaN before the first problem."""
+        return self.means()
+
+    def means(self) -> dict[int, Tensor]:
+        """What ``compute`` returns, where states are synchronised already."""
+        if not len(self.values):  # a tensor once it is gathered
+            return {k: torch.tensor(torch.nan) for k in self.k}
+        values = self.per_problem()
+        if self.level is None:
+            return dict(zip(self.k, values.mean(0), strict=True))
+        return {k: torch.tensor(mean_interval(values[:, i], self.level)) for i, k in enumerate(self.k)}
+
+
+class MeanAtK(OverProblems):
     """Mean over problems of the share of correct samples. The k of its name is the number of samples drawn.
 
-    As input ``update`` takes ``num_correct`` and ``num_samples``, both ``[P]``. Sums over problems are exact under any
-    split between processes.
+    ``update`` takes ``num_correct`` and ``num_samples``, both ``[P]``.
 
     Example:
         >>> metric = MeanAtK()
@@ -25,38 +99,22 @@ class MeanAtK(Metric):
         tensor(0.6250)
     """
 
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    num_problems: Tensor
+    def __init__(self, level: float | None = None, **kwargs: Any) -> None:
+        super().__init__(k=1, level=level, **kwargs)
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("num_problems", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, num_correct: Tensor, num_samples: Tensor) -> None:
-        """Add P problems."""
-        self.total += mean_at_k(num_correct, num_samples).sum()
-        self.num_problems += len(num_correct)
+    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        return mean_at_k(first, second)
 
     def compute(self) -> Tensor:
-        """Scalar; NaN before the first problem."""
-        return self.total / self.num_problems
+        """A scalar, or ``[2]`` with a ``level``; NaN before the first problem."""
+        return self.means()[1]
 
 
-class PassAtK(Metric):
+class PassAtK(OverProblems):
     """Mean over problems of the unbiased estimate of pass@k, for several k at once.
 
-    As input ``update`` takes ``num_correct`` and ``num_samples``, both ``[P]``; the number of samples may differ
-    between problems but must reach the largest k.
-
-    Args:
-        k: one or several k.
-
-    Raises:
-        ValueError: if a k is below 1, or a problem has fewer than k samples.
+    ``update`` takes ``num_correct`` and ``num_samples``, both ``[P]``; the number of samples may differ between
+    problems but must reach the largest k.
 
     Example:
         >>> metric = PassAtK(k=(1, 2))
@@ -65,25 +123,54 @@ class PassAtK(Metric):
         {1: 0.4167, 2: 0.5}
     """
 
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    totals: Tensor
-    num_problems: Tensor
+    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        return pass_at_k(first, second, k)
 
-    def __init__(self, k: int | Sequence[int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.k = (k,) if isinstance(k, int) else tuple(k)
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"Expected `k` to be one or several numbers >= 1, got {k}.")
-        self.add_state("totals", torch.zeros(len(self.k)), dist_reduce_fx="sum")
-        self.add_state("num_problems", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, num_correct: Tensor, num_samples: Tensor) -> None:
-        """Add P problems."""
-        self.totals += torch.stack([pass_at_k(num_correct, num_samples, k).sum() for k in self.k])
-        self.num_problems += len(num_correct)
+class PassHatK(OverProblems):
+    """Mean over problems of the unbiased chance that all of k samples are correct.
 
-    def compute(self) -> dict[int, Tensor]:
-        """Each k and its scalar; NaN before the first problem."""
-        return dict(zip(self.k, self.totals / self.num_problems, strict=True))
+    ``update`` takes what that of :class:`PassAtK` does.
+
+    Example:
+        >>> metric = PassHatK(k=2)
+        >>> metric.update(torch.tensor([0, 3, 4]), torch.tensor([4, 4, 4]))
+        >>> metric.compute()
+        {2: tensor(0.5000)}
+    """
+
+    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        return pass_hat_k(first, second, k)
+
+
+class BestAtN(OverProblems):
+    """Mean over problems of the chance that one of n samples, drawn again with replacement, is correct.
+
+    ``update`` takes ``num_correct`` and ``num_samples``, both ``[P]``.
+
+    Example:
+        >>> metric = BestAtN(k=32)
+        >>> metric.update(torch.tensor([0, 1, 32]), torch.tensor([32, 32, 32]))
+        >>> metric.compute()
+        {32: tensor(0.5460)}
+    """
+
+    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        return best_at_n(first, second, k)
+
+
+class MajAtK(OverProblems):
+    """Share of problems whose most frequent answer among the first k samples is correct.
+
+    ``update`` takes ``votes`` and ``correct``, both ``[P, n]``: see :func:`~lit_grpo.metrics.functional.maj_at_k`.
+
+    Example:
+        >>> metric = MajAtK(k=(1, 3))
+        >>> votes = torch.tensor([[1, 2, 2], [4, 4, 5]])
+        >>> metric.update(votes, votes == torch.tensor([[2], [5]]))
+        >>> metric.compute()
+        {1: tensor(0.), 3: tensor(0.5000)}
+    """
+
+    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        return maj_at_k(first, second, k)
