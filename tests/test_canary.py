@@ -16,7 +16,7 @@ from torch import Tensor
 
 from callbacks import HFRollout, VLLMRollout
 from lit_grpo.data import RolloutData, Source
-from lit_grpo.engines import Engine, VLLMEngine
+from lit_grpo.engines import Engine, Sampling, VLLMEngine
 from lit_grpo.errors import UserError
 from lit_grpo.losses import GRPO
 from lit_grpo.module import PolicyModule
@@ -38,6 +38,22 @@ def without(*parts: str) -> Callable[[Engine], None]:
 
 def skipped_sync(engine: Engine) -> None:
     engine.load_weights = lambda weights: list(weights) and None  # type: ignore[method-assign]
+
+
+def from_the_second_time(fault: Callable[[Engine], None]) -> Callable[[Engine], None]:
+    """A fault that the first sync is spared."""
+
+    def later(engine: Engine) -> None:
+        load = engine.load_weights
+
+        def once(weights: Weights) -> None:
+            load(weights)
+            del engine.load_weights
+            fault(engine)
+
+        engine.load_weights = once  # type: ignore[method-assign]
+
+    return later
 
 
 def wrong_temperature(engine: Engine) -> None:
@@ -69,7 +85,13 @@ def long_model(tmp_path_factory: pytest.TempPathFactory, model: str) -> str:
 
 
 def fit(
-    model: str, folder: Path, fault: Callable[[Engine], None] | None, digits: int = 4, phases: int = 1, lr: float = 0.5
+    model: str,
+    folder: Path,
+    fault: Callable[[Engine], None] | None,
+    digits: int = 4,
+    phases: int = 1,
+    optimizer: Any = lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    **sampling: Any,
 ) -> tuple[dict[str, float], int]:
     """Metrics of a run with a fault, and how many updates it made."""
 
@@ -83,8 +105,8 @@ def fit(
     (folder / "prompts.jsonl").write_text(
         "".join(f'{{"prompt": "{str(i) * digits}+{i}=", "answer": "{i}"}}\n' for i in range(1, 9))
     )
-    module = PolicyModule(model, GRPO(), optimizer=lambda p: torch.optim.SGD(p, lr=lr))
-    trainer = quiet_trainer(folder, max_epochs=phases, callbacks=[Faulty(max_tokens=6)])
+    module = PolicyModule(model, GRPO(), optimizer=optimizer)
+    trainer = quiet_trainer(folder, max_epochs=phases, callbacks=[Faulty(max_tokens=6, **sampling)])
     data = RolloutData(
         Source(str(folder / "prompts.jsonl")), reward=even_first_digit, prompts_per_phase=8, group_size=4
     )
@@ -111,6 +133,37 @@ class TestVLLM:
             ):
                 fit(long_model, tmp_path, FAULTS[fault])
         assert not steps
+
+    @pytest.mark.parametrize("fault", ["a stale layer", "a skipped sync"])
+    def test_weights_that_are_not_replaced_later_are_caught_at_any_learning_rate(
+        self, fault: str, long_model: str, tmp_path: Path
+    ):
+        """At 1e-6 log-probs say nothing: they move less than they differ by rounding."""
+        steps = []
+
+        class Counting(torch.optim.AdamW):
+            def step(self, *args: Any, **options: Any) -> Any:
+                steps.append(1)
+                return super().step(*args, **options)
+
+        with pytest.raises(UserError, match=r"weights that can be compared were not replaced, model"):
+            fit(
+                long_model,
+                tmp_path,
+                from_the_second_time(FAULTS[fault]),
+                phases=3,
+                optimizer=lambda parameters: Counting(parameters, lr=1e-6),
+            )
+        assert len(steps) == 1
+
+    def test_log_probs_before_temperature_are_caught(self, long_model: str, tmp_path: Path):
+        import vllm
+
+        with pytest.MonkeyPatch.context() as patch:
+            make = vllm.LLM
+            patch.setattr(vllm, "LLM", lambda **options: make(**(options | {"logprobs_mode": "raw_logprobs"})))
+            with pytest.raises(UserError, match=r"The engine does not run the current policy.*max_mismatch"):
+                fit(long_model, tmp_path, None, temperature=0.7)
 
     def test_a_stale_prefix_cache_is_caught_in_the_first_phase_after_an_update(self, long_model: str, tmp_path: Path):
         """Prompts of 260 tokens, the same in both phases: what is left of the old policy's cache is used again."""
@@ -144,6 +197,9 @@ def test_an_evaluation_is_checked_too(model: str, few_prompts: str, tmp_path: Pa
     data = RolloutData(Source(few_prompts), val=Source(few_prompts), reward=even_first_digit, prompts_per_phase=8)
     with pytest.raises(UserError, match="The engine does not run the current policy"):
         quiet_trainer(tmp_path, callbacks=[Cooler(max_tokens=4)]).validate(module, datamodule=data, verbose=False)
+    module.max_mismatch = 100
+    shorter = Cooler(max_tokens=20, evaluation=Sampling(max_tokens=3))  # there is room for three tokens and no more
+    assert quiet_trainer(tmp_path, callbacks=[shorter]).validate(module, datamodule=data, verbose=False)
 
 
 @pytest.mark.vllm

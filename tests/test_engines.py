@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from lit_grpo.engines import Deadline, Engine, HFEngine, Sampling, VLLMEngine, f
 from lit_grpo.errors import UserError
 from lit_grpo.policy import Policy, load_config, load_policy, load_tokenizer, stop_token_ids
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = [[3, 4, 12, 5, 6, 13], [7, 7, 12], [2, 3, 4, 5, 6, 7, 8, 9]]
 
 
@@ -213,6 +216,9 @@ def test_prompts_that_do_not_fit_are_refused_alike(engine: Engine):
         engine.generate([[3] * 61], 1, Sampling(max_tokens=4), [1])
     assert len(engine.generate([[3] * 60], 1, Sampling(max_tokens=4), [1])[0]) == 1
     assert engine.generate([], 1, Sampling(max_tokens=4), []) == []
+    for seeds, n in (([1], 1), ([1, 2, 3], 1), ([1, 2], 0)):
+        with pytest.raises(ValueError, match="a seed per prompt and n >= 1"):
+            engine.generate([[3], [4]], n, Sampling(max_tokens=4), seeds)
 
 
 def test_more_prompt_tokens_than_one_pass_reads(engine: Engine, policy: Policy):
@@ -240,11 +246,20 @@ def test_threads_of_the_trainer_are_left_alone(engine: Engine):
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
 def test_a_generation_that_does_not_come_back_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "timeout", 1e-3)
-    with pytest.raises(
-        UserError, match=r"did not finish within 0.001 s \(rollout.init_args.timeout\): .*prompt.*\[\d+,"
-    ):
-        engine.generate(PROMPTS, 4, Sampling(max_tokens=50, temperature=1.9), [1, 2, 3])
+    """The second prompt's completion ends at once, the third's does not, and time is over after five tokens."""
+    sampling, checks = Sampling(max_tokens=40, temperature=1.9), []
+    seed = next(s for s in range(1000) if engine.generate([[7, 7]], 1, sampling, [s])[0][0].token_ids == [1])
+    other = next(s for s in range(1000) if len(engine.generate([[3, 4]], 1, sampling, [s])[0][0].token_ids) > 20)
+    check = Deadline.check
+
+    def late(deadline: Deadline, what: Callable[[], str]) -> None:
+        checks.append(what)
+        deadline.end += 0 if len(checks) < 5 else -1e6
+        check(deadline, what)
+
+    monkeypatch.setattr(Deadline, "check", late)
+    with pytest.raises(UserError, match=r"did not finish within .* \(rollout.init_args.timeout\): .*\[3, 4\]"):
+        engine.generate([[7, 7], [3, 4]], 1, sampling, [seed, other])
     monkeypatch.undo()
     assert len(engine.generate(PROMPTS, 2, Sampling(max_tokens=4), [1, 2, 3])) == 3  # and goes on
 
@@ -261,7 +276,7 @@ engine.generate([[3, 4]], 1, Sampling(4), [1])
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
-    assert "did not finish within 0.1 s (rollout.init_args.timeout)" in run.stderr
+    assert "did not finish within 0.1 s (rollout.init_args.timeout): reading prompts, the first [3, 4]" in run.stderr
     assert "in _decode" in run.stderr
 
 
@@ -309,13 +324,40 @@ class TestVLLMFailures:
         ):
             VLLMEngine(model, [1], context=64)
 
-    def test_a_release_that_was_not_tested_is_named(self, monkeypatch: pytest.MonkeyPatch, model: str):
+    def test_a_release_that_is_not_supported_is_named(self, monkeypatch: pytest.MonkeyPatch, model: str):
         import vllm
 
-        monkeypatch.setattr(vllm, "__version__", "0.99.0")
         monkeypatch.setattr(vllm, "LLM", lambda **_: None)
-        with pytest.warns(UserWarning, match=r"vLLM 0.99.0 is not among .*>=0.22,<0.34"):
-            VLLMEngine(model, [1], context=64)
+        for version in ("0.99.0", "0.34.0rc1", "dev"):
+            monkeypatch.setattr(vllm, "__version__", version)
+            with pytest.warns(UserWarning, match=rf"vLLM {version} is not among .*\(<0.34,>=0.22\)"):
+                VLLMEngine(model, [1], context=64)
+
+    def test_what_it_does_to_random_numbers_and_threads_at_the_start_is_undone(
+        self, monkeypatch: pytest.MonkeyPatch, model: str
+    ):
+        import vllm
+
+        def start(**_: object) -> None:
+            torch.manual_seed(99)
+            torch.set_num_threads(1)
+
+        monkeypatch.setattr(vllm, "LLM", start)
+        torch.manual_seed(3)
+        expected = torch.rand(4)
+        torch.manual_seed(3)
+        VLLMEngine(model, [1], context=64)
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.rand(4), expected)
+
+    def test_a_model_it_does_not_know(self, tmp_path: Path):
+        (tmp_path / "config.json").write_text('{"model_type": "nonesuch", "architectures": ["NoneSuch"]}')
+        with pytest.raises(UserError, match=r"(?s)vLLM could not start on .*does not know the model.*HFRollout"):
+            VLLMEngine(str(tmp_path), [1], context=64)
+
+    def test_another_gpu_than_the_first_is_asked_for_in_another_way(self, model: str):
+        with pytest.raises(UserError, match=r"take the first GPU, not cuda:1. Set CUDA_VISIBLE_DEVICES=1"):
+            VLLMEngine(model, [1], context=64, device=torch.device("cuda:1"))
 
     @pytest.mark.parametrize("temperature", [0.001, 2.5])
     def test_temperatures_it_does_not_sample_at(self, temperature: float):
@@ -351,9 +393,10 @@ class TestVLLMFailures:
         )
         made: dict[str, object] = {}
         monkeypatch.setattr(vllm, "LLM", lambda **options: made.update(options) or llm)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr("lit_grpo.engines.vllm_engine.isolate_rng", __import__("contextlib").nullcontext)
-        engine = VLLMEngine(model, [1], context=64, gpu_memory=0.4)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+        gpu = torch.device("cuda:0")
+        engine = VLLMEngine(model, [1], context=64, gpu_memory=0.4, device=gpu)
+        assert calls.pop() == gpu  # vLLM may have moved it
         assert made["gpu_memory_utilization"] == 0.4
         assert made["enable_sleep_mode"] is True
         assert made["enforce_eager"] is False  # CUDA graphs
@@ -368,12 +411,15 @@ class TestVLLMFailures:
 
 
 def test_nothing_else_imports_vllm():
-    from test_structure import ROOT
+    def imports(path: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
-    importers = [
-        p for p in (*ROOT.glob("lit_grpo/**/*.py"), *ROOT.glob("callbacks/*.py")) if "import vllm" in p.read_text()
+    files = (*ROOT.glob("lit_grpo/**/*.py"), *ROOT.glob("callbacks/*.py"))
+    assert [path.name for path in files if any(name.split(".")[0] == "vllm" for name in imports(path))] == [
+        "vllm_engine.py"
     ]
-    assert [path.name for path in importers] == ["vllm_engine.py"]
 
 
 def test_vllm_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, model: str):

@@ -9,6 +9,7 @@ from test_data import connect
 from test_invariance import ScriptedEngine, even_first_digit
 
 from lit_grpo.data import RolloutData, Sample, Source
+from lit_grpo.data.types import Completion
 from lit_grpo.engines import Sampling
 from lit_grpo.errors import UserError
 from lit_grpo.losses import DPO, GRPO, TwoGRPO
@@ -98,3 +99,23 @@ def test_it_ends_where_there_is_nothing_to_find(model: str, many_prompts: str, f
 def test_a_budget_that_means_nothing_is_refused(model: str, many_prompts: str, options: dict[str, Any]):
     with pytest.raises(UserError, match=r"max_rollouts: got .* at least the 16 .* resample_ties: true"):
         collected(model, many_prompts, **options)
+
+
+def test_groups_that_were_cut_off_are_replaced_too(model: str, many_prompts: str):
+    """With overlong filtering their advantages do not count."""
+
+    class CutOff(CountingEngine):
+        def complete(self, seed: int) -> Completion:
+            completion = super().complete(seed)
+            completion.truncated = seed % 8 < 4  # mostly both of a group
+            return completion
+
+    data = connect(
+        RolloutData(Source(many_prompts), prompts_per_phase=8, resample_ties=True, reward=even_first_digit),
+        model,
+        TwoGRPO(mask_truncated=True),
+    )
+    data.collect(CutOff(64), SAMPLING, 0)
+    assert data.stats["informative_share"] == 1
+    plain, _ = collected(model, many_prompts)
+    assert data.stats["rollouts_per_group"] > plain.stats["rollouts_per_group"]

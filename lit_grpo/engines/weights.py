@@ -11,6 +11,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
+from lit_grpo.errors import UserError
+
 WRAPPERS = re.compile(
     r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
     r"|base_model\.model\.|base_layer\.|modules_to_save\.[^.]+\."
@@ -76,7 +78,15 @@ def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged(module: Any, weight: Tensor) -> Tensor:
-    """A weight with its active low-rank adapters added."""
+    """A weight with its active low-rank adapters added.
+
+    Raises:
+        UserError: if they are weight-decomposed (DoRA), which have more to them.
+    """
+    if module.merged or module.disable_adapters:
+        return weight
     for adapter in module.active_adapters:
+        if getattr(module, "use_dora", {}).get(adapter):
+            raise UserError("model: DoRA adapters cannot be merged for the engine. Use plain LoRA (use_dora: false).")
         weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
     return weight
