@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_invariance import ScriptedEngine, even_first_digit
 
-from lit_grpo.data import RolloutData, Source
+from lit_grpo.data import RolloutData, Sample, Source
 from lit_grpo.data.prompts import load_prompts
 from lit_grpo.engines import Sampling
 from lit_grpo.errors import UserError
@@ -59,7 +59,8 @@ class TestPhases:
         assert len(texts) == 20
         assert len(set(texts[:8])) == len(set(texts[8:16])) == 8
 
-    def test_ranks_share_a_phase_out_between_them(self, model: str, few_prompts: str):
+    def test_ranks_share_a_phase_out_between_them(self, model: str, few_prompts: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("lit_grpo.data.rollouts.gather_objects", lambda mine, world: [mine])
         engine, sampling = ScriptedEngine(64), Sampling(max_tokens=12)
         whole = rollout_data(model, few_prompts)
         whole.collect(engine, sampling, phase=3)
@@ -162,3 +163,30 @@ class TestPrompts:
             data = rollout_data(model, few_prompts, max_prompt_tokens=6)
         assert len(data.prompts["train"]) == 3
         assert "left out 5 of 8 prompts" in caplog.text
+
+
+def answered(path: Path, answers: list[str]) -> str:
+    rows = [{"prompt": f"{i}+{i}=", "answer": answer} for i, answer in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_gold_answers_that_the_reward_cannot_read_are_named_and_left_out(model: str, tmp_path: Path):
+    path = answered(tmp_path / "rows.jsonl", ["0", r"\text{}", "4", r"\boxed{}"])
+    with pytest.warns(
+        UserWarning, match=r"train: left out 2 of 4 prompts of .*rows.jsonl.*row 1: .*text.*row 3: .*boxed.*Mend"
+    ):
+        data = connect(RolloutData(Source(path), prompts_per_phase=2), model, TwoGRPO())
+    assert [prompt.answer for prompt in data.prompts["train"]] == ["0", "4"]
+    path = answered(tmp_path / "rows.jsonl", [r"\text{}"] * 3)
+    with pytest.raises(UserError, match=r"train.answer: the reward can read no gold answer in column 'answer' of"):
+        connect(RolloutData(Source(path), prompts_per_phase=2), model, TwoGRPO())
+
+
+def test_a_reward_may_be_a_coroutine(model: str, few_prompts: str):
+    async def always(samples: list[Sample]) -> list[float]:
+        return [1.0] * len(samples)
+
+    data = connect(RolloutData(Source(few_prompts), prompts_per_phase=8, reward=always), model, TwoGRPO())
+    data.collect(ScriptedEngine(64), Sampling(max_tokens=12), 0)
+    assert {sample.reward for sample in data.samples} == {1.0}

@@ -1,7 +1,8 @@
-"""Reward models and the penalty on length: what transformers computes, in any batch, and refusals that say why."""
+"""Reward models: what transformers computes, in any batch, and refusals that say why."""
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lit_grpo.__main__ import main
 from lit_grpo.cli import CLI
 from lit_grpo.data import Sample
 from lit_grpo.errors import UserError
-from lit_grpo.rewards import OverlongPenalty, RewardModel, exact_match, math_reward
+from lit_grpo.rewards import LengthPenalty, RewardModel, math_reward
 
 ROOT = Path(__file__).parent.parent
 KEY = r"data\.init_args\.reward\.init_args"
@@ -168,29 +169,6 @@ def test_impossible_settings_name_the_key(setting: dict[str, int]):
         RewardModel("model", **setting)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "penalty"), [(1, 0), (6, 0), (7, -0.25), (8, -0.5), (9, -0.75), (10, -1), (11, -1), (12, -1)]
-)
-def test_the_penalty_is_added_to_the_reward(num_tokens: int, penalty: float):
-    reward = OverlongPenalty(exact_match, max_tokens=10, buffer=4)
-    right, wrong = (Sample("q", text, "a", num_tokens, truncated=False) for text in ("a", "b"))
-    assert reward([right, wrong, right]) == [1 + penalty, penalty, 1 + penalty]
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "buffer", "message"),
-    [
-        (0, 1, r"max_tokens: expected a whole number >= 1, got 0"),
-        (10, 0, r"buffer: expected a whole number >= 1, got 0"),
-        (10, 11, r"buffer: 11 tokens are more than the 10 of max_tokens"),
-    ],
-)
-def test_impossible_penalties_name_the_key(max_tokens: int, buffer: int, message: str):
-    with pytest.raises(UserError, match=rf"{KEY}\.{message}"):
-        OverlongPenalty(exact_match, max_tokens, buffer)
-    OverlongPenalty(exact_match, max_tokens=4, buffer=4)
-
-
 @pytest.fixture
 def fit(task: Path, model: str, tmp_path: Path) -> list[str]:
     """One phase of four prompts."""
@@ -207,26 +185,34 @@ def fit(task: Path, model: str, tmp_path: Path) -> list[str]:
 
 
 def test_a_run_on_a_reward_model_with_a_penalty(save: Callable[..., str], fit: list[str], tmp_path: Path):
+    """A sum in YAML: its parts are logged, and the run's config makes it again."""
     folder = save()
-    inner = f"{{class_path: lit_grpo.rewards.RewardModel, init_args: {{model: {folder}}}}}"
-    outer = (
-        f"{{class_path: lit_grpo.rewards.OverlongPenalty, init_args: {{reward: {inner}, max_tokens: 5, buffer: 2}}}}"
+    rewards = (
+        f"{{quality: {{class_path: lit_grpo.rewards.RewardModel, init_args: {{model: {folder}}}}},"
+        " length: {class_path: lit_grpo.rewards.LengthPenalty, init_args: {max_tokens: 5, buffer: 2}},"
+        " right: lit_grpo.rewards.math_reward}"
     )
-    main([*fit, f"--data.reward={outer}"])
+    options = f"{{rewards: {rewards}, weights: {{right: 0.5}}}}"
+    main([*fit, f"--data.reward={{class_path: lit_grpo.rewards.RewardSum, init_args: {options}}}"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples" / "train-00000.jsonl").read_text().splitlines()]
     found = [Sample(**row) for row in rows]
     assert len(found) == 8
-    expected = OverlongPenalty(RewardModel(folder), max_tokens=5, buffer=2)(found)
+    parts = {
+        "quality": RewardModel(folder)(found),
+        "length": LengthPenalty(max_tokens=5, buffer=2)(found),
+        "right": math_reward(found),
+    }
+    expected = [a + b + 0.5 * c for a, b, c in zip(*parts.values(), strict=True)]
     assert [sample.reward for sample in found] == pytest.approx(expected, abs=1e-4)
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        logged = next(row for row in csv.DictReader(file) if row.get("train/reward"))
+    for name, scores in parts.items():
+        assert float(logged[f"train/reward_{name}"]) == pytest.approx(sum(scores) / 8, abs=1e-4)
+    assert float(logged["train/reward_timeout_rate"]) == 0
     again = CLI(["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}", "--trainer.max_epochs=0"])  # fmt: skip
-    assert again.datamodule.reward.reward.model == folder
-
-
-def test_a_penalty_on_a_function_parses(fit: list[str]):
-    options = "{reward: lit_grpo.rewards.math_reward, max_tokens: 4096, buffer: 512}"
-    cli = CLI([*fit, f"--data.reward={{class_path: lit_grpo.rewards.OverlongPenalty, init_args: {options}}}", "--trainer.max_epochs=0"])  # fmt: skip
-    assert cli.datamodule.reward.reward is math_reward
-    assert cli.datamodule.reward.max_tokens == 4096
+    assert again.datamodule.reward.rewards["quality"].model == folder
+    assert again.datamodule.reward.rewards["right"] is math_reward
+    assert again.datamodule.reward.weights == {"right": 0.5}
 
 
 def test_mistakes_show_before_the_policy_is_loaded(

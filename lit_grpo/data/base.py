@@ -17,10 +17,11 @@ from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
 from lit_grpo.data.types import Batch, Group, Sample
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
-from lit_grpo.rewards import math_reward
+from lit_grpo.rewards import math_reward, resolved
 
-RewardFn = Callable[[list[Sample]], list[float]]
-"""Scores samples, one float each. Any importable function, or object with ``__call__``, may stand in YAML."""
+RewardFn = Callable[[list[Sample]], Any]
+"""Scores samples: a list of one float each, or a coroutine that returns it. Any importable function, or object with
+``__call__``, may stand in YAML."""
 
 NOTHING_SAMPLED = (
     "No samples to read: no rollout callback has run. Give the Trainer one (HFRollout or VLLMRollout; the command line"
@@ -116,7 +117,25 @@ class PromptData(L.LightningDataModule):
             rank_zero_info(
                 f"{key}: left out {len(prompts) - len(kept)} of {len(prompts)} prompts, longer than {limit} tokens"
             )
-        return kept
+        return self.with_readable_answers(kept, source, key)
+
+    def with_readable_answers(self, prompts: list[Prompt], source: Source, key: str) -> list[Prompt]:
+        """The prompts whose gold answer the reward can read; no completion of another could be right."""
+        if source.answer is None or not hasattr(self.reward, "unreadable"):
+            return prompts
+        bad = self.reward.unreadable([prompt.answer for prompt in prompts])
+        if len(bad) == len(prompts):
+            raise UserError(
+                f"{key}.answer: the reward can read no gold answer in column {source.answer!r} of {source.path!r}, the"
+                f" first is {prompts[0].answer!r}. Name the right column, or another reward."
+            )
+        if bad:
+            shown = ", ".join(f"row {prompts[i].row}: {prompts[i].answer!r}" for i in bad[:20])
+            rank_zero_warn(
+                f"{key}: left out {len(bad)} of {len(prompts)} prompts of {source.path!r}, whose gold answer the reward"
+                f" cannot read ({shown}{', ...' if len(bad) > 20 else ''}). Mend these rows if you want them."
+            )
+        return [prompt for i, prompt in enumerate(prompts) if i not in set(bad)]
 
     def check_reward(self) -> None:
         """Call the reward on two gold answers before any model is loaded, so that its mistakes cost nothing."""
@@ -214,7 +233,8 @@ class PromptData(L.LightningDataModule):
             return
         name = getattr(self.reward, "__qualname__", type(self.reward).__qualname__)
         try:
-            rewards = list(self.reward(samples))
+            (scores,) = resolved([self.reward(samples)])
+            rewards = list(scores)
         except UserError:
             raise
         except Exception as error:

@@ -42,6 +42,8 @@ class Prompt:
     text: str
     token_ids: list[int]
     answer: str
+    row: int = 0
+    """Its place in the source."""
 
 
 def open_data(source: Source, key: str) -> Any:
@@ -218,5 +220,5 @@ def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_t
     for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key)):
         where = f"{key}.prompt: row {i} of {source.path!r}, column {source.prompt!r},"
         text, token_ids = encode_prompt(row[source.prompt], where, tokenizer, template, chat_template)
-        prompts.append(Prompt(text, token_ids, str(row[source.answer]) if source.answer else ""))
+        prompts.append(Prompt(text, token_ids, str(row[source.answer]) if source.answer else "", i))
     return prompts

@@ -216,7 +216,17 @@ class RolloutData(PromptData):
             "trained_share": sum(len(batch.tokens) for batch in batches) / len(rows),
             "completion_tokens": stats["tokens"] / len(self.samples),
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),
+            **self.reward_parts(),
         }
+
+    def reward_parts(self) -> dict[str, float]:
+        """Means of what the reward had to say beside the rewards, over all processes' samples that have it."""
+        mine = [part for sample in self.samples for part in sample.parts.items()]
+        parts: dict[str, list[float]] = {}
+        for everyones in gather_objects(mine, self.trainer.world_size):
+            for name, value in everyones:
+                parts.setdefault(f"reward_{name}", []).append(value)
+        return {name: sum(values) / len(values) for name, values in sorted(parts.items())}
 
     def sampled_batches(self) -> list[Batch]:
         return self.loaders["train"].items or []

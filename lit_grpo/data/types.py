@@ -16,7 +16,7 @@ As rows of a batch (T = 9; the mask has T - 1 = 8 columns, column t speaks of to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -59,8 +59,17 @@ class Sample:
 
     num_tokens: int
     truncated: bool
+    tolerance: float = 0.0
+    """By which a number may differ from the gold answer."""
+
     reward: float | None = None
     """Filled in after scoring."""
+
+    parsed: str | None = None
+    """The answer that the reward found in the completion, the same text for equal answers; for majority votes."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    """What else the reward has to say of the completion; its means are logged as ``reward_<name>``."""
 
 
 @dataclass

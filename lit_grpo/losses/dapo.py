@@ -11,7 +11,7 @@ from lit_grpo.losses.grpo import GRPO
 class DAPO(GRPO):
     """GRPO with a higher upper clip, the mean over tokens, and no gradient from truncated completions.
 
-    The paper's soft penalty on long answers is a reward: :class:`~lit_grpo.rewards.OverlongPenalty`.
+    The paper's soft penalty on long answers is a reward: :class:`~lit_grpo.rewards.LengthPenalty`.
 
     Args:
         clip_high: as in :class:`GRPO`; the paper's "clip-higher".

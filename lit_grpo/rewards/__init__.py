@@ -2,7 +2,18 @@
 
 from lit_grpo.rewards.accuracy import MathReward, math_reward
 from lit_grpo.rewards.exact import exact_match
-from lit_grpo.rewards.overlong import OverlongPenalty
 from lit_grpo.rewards.reward_model import RewardModel
+from lit_grpo.rewards.reward_sum import RewardSum, resolved
+from lit_grpo.rewards.shape import FormatReward, LengthPenalty, RepetitionPenalty
 
-__all__ = ["MathReward", "OverlongPenalty", "RewardModel", "exact_match", "math_reward"]
+__all__ = [
+    "FormatReward",
+    "LengthPenalty",
+    "MathReward",
+    "RepetitionPenalty",
+    "RewardModel",
+    "RewardSum",
+    "exact_match",
+    "math_reward",
+    "resolved",
+]
