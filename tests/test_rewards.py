@@ -185,7 +185,7 @@ def test_what_models_may_write_to_do_harm(capfd: pytest.CaptureFixture[str]):
     hostile = samples(*((("3", rf"\boxed{{{body}}}")) for body in bodies))
     assert reward(hostile) == [0.0] * len(hostile)
     assert reward(samples(("3", r"\boxed{3}"), ("3", r"\boxed{4}"))) == [1.0, 0.0]
-    assert len({process.pid for process in multiprocessing.active_children()}) == len(workers)
+    assert len(multiprocessing.active_children()) <= len(workers)
     assert capfd.readouterr().out == ""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
+from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.data.types import Batch, Group, Sample
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
@@ -41,7 +42,8 @@ class PromptData(L.LightningDataModule):
         predict: prompts of ``predict``; those of test or validation if not given.
         reward: scores samples, see ``RewardFn``.
         samples_per_prompt: completions of each held-out prompt, the k of Mean@k.
-        template: text in which ``{prompt}`` is replaced by the row's text.
+        template: text in which ``{prompt}`` is replaced by the row's text, or the name of one: ``none``, ``boxed``,
+            ``qwen_math``, ``dapo`` or ``r1``.
         chat_template: whether prompts are wrapped in the tokenizer's chat template.
         max_prompt_tokens: longer prompts are left out, and counted in a log line.
         seed: prompts and samples are functions of it. The command line sets it to ``seed_everything``.
@@ -68,7 +70,8 @@ class PromptData(L.LightningDataModule):
             raise UserError(f"data.init_args.seed: expected a whole number >= 0, got {seed}.")
         self.sources = {"val": val, "test": test, "predict": predict}
         self.reward, self.samples_per_prompt, self.seed = reward, samples_per_prompt, seed
-        self.template, self.chat_template, self.max_prompt_tokens = template, chat_template, max_prompt_tokens
+        self.template = TEMPLATES.get(template, template)
+        self.chat_template, self.max_prompt_tokens = chat_template, max_prompt_tokens
         self.prompts: dict[str, list[Prompt]] = {}
         self.loaders: dict[str, FilledLoader[Any]] = {}
         self.stats: dict[str, float] = {}
@@ -206,7 +209,7 @@ class PromptData(L.LightningDataModule):
 
         texts = iter(tokenizer.batch_decode([c.token_ids for cs in answers for c in cs], skip_special_tokens=True))
         self.samples = [
-            Sample(prompt.text, next(texts), prompt.answer, len(c.token_ids), c.truncated)
+            Sample(prompt.text, next(texts), prompt.answer, len(c.token_ids), c.truncated, prompt.tolerance)
             for prompt, completions in zip(prompts.values(), answers, strict=True)
             for c in completions
         ]

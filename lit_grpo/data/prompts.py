@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from jinja2 import TemplateError
 
+from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.errors import UserError
+from lit_grpo.rewards.verify import last_boxed
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -34,6 +39,21 @@ class Source:
     answer: str | None = "answer"
     """Column of the gold answer, which only the reward sees. Null where there is none."""
 
+    read_answer: Literal["plain", "boxed", "hashes"] = "plain"
+    """What of that column is the answer: all of it, a solution's last ``\\boxed{}`` (MATH), or what follows the last
+    ``####`` (GSM8K)."""
+
+    tolerance: str | None = None
+    """Column of the number by which an answer may be off (OlympiadBench's ``error``); empty cells are 0."""
+
+    deduplicate: bool = False
+    """Whether of rows with the same prompt only the first is kept (DAPO-Math-17k has each a hundred times)."""
+
+    sample: int | None = None
+    """Rows drawn at random, by ``sample_seed`` alone; all if not given."""
+
+    sample_seed: int = 0
+
 
 @dataclass
 class Prompt:
@@ -44,6 +64,9 @@ class Prompt:
     answer: str
     row: int = 0
     """Its place in the source."""
+
+    tolerance: float = 0.0
+    """By which a number may differ from the gold answer."""
 
 
 def open_data(source: Source, key: str) -> Any:
@@ -77,27 +100,46 @@ def open_data(source: Source, key: str) -> Any:
         if "corresponds to no data" in str(error):
             raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.") from error
         cause = error.__cause__ or error
+        hint = (
+            ""
+            if path.is_file()
+            else (
+                f" Without a network, write its rows to a .jsonl, .parquet or .csv file with the same columns, here"
+                f" {', '.join(repr(c) for c in source_columns(source))}, and name the file in {key}.path."
+            )
+        )
         raise UserError(
             f"{key}.path: cannot load {source.path!r} (name {source.name!r}, split {source.split!r}):"
-            f" {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no details'}"
+            f" {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no details'}{hint}"
         ) from error
     if not len(data):
         raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.")
     return data
 
 
-def checked_rows(data: Any, columns: list[str], source: Source, key: str) -> list[dict[str, Any]]:
-    """The wanted columns of all rows of a data set.
+def source_columns(source: Any) -> list[str]:
+    """The columns that a source names."""
+    names = (getattr(source, name, None) for name in ("prompt", "answer"))
+    return [name for name in names if name]
+
+
+def checked_rows(
+    data: Any, columns: list[str], source: Source, key: str, optional: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The wanted columns of all rows of a data set; cells of ``optional`` ones may be empty.
 
     Raises:
         UserError: if it lacks one of the columns, or has an empty cell there.
     """
-    if missing := [column for column in columns if column not in data.column_names]:
+    wanted = [*columns, *optional]
+    if any("." in column for column in wanted):
+        data = data.flatten()  # fields of a nested column get dotted names
+    if missing := [column for column in wanted if column not in data.column_names]:
         raise UserError(
             f"{key}: {source.path!r} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. Name the"
             f" right one in {key}."
         )
-    rows = data.select_columns(columns).to_list()
+    rows = data.select_columns(wanted).to_list()
     for i, row in enumerate(rows):
         for column in columns:
             if not isinstance(row[column], str | int | float | list | None):
@@ -194,10 +236,18 @@ def check_vocabulary(last: int, size: int, where: str) -> None:
 def check_templates(template: str, chat_template: bool, tokenizer: Any) -> None:
     """Refuse a template without a place for the prompt, and a chat template that is not there."""
     if "{prompt}" not in template:
-        raise UserError(f"data.init_args.template: expected a text that contains {{prompt}}, got {template!r}.")
+        raise UserError(
+            f"data.init_args.template: expected a text that contains {{prompt}}, or one of {', '.join(TEMPLATES)}; got"
+            f" {template!r}."
+        )
     if chat_template and not tokenizer.chat_template:
         raise UserError(
             "data.init_args.chat_template: is true, but the model's tokenizer has no chat template. Set it to false."
+        )
+    if missing := set(re.findall(r"<\|\w+\|>", template)) - tokenizer.get_vocab().keys():
+        raise UserError(
+            f"data.init_args.template: it uses {min(missing)}, which the model's tokenizer does not have as a token."
+            " Choose another template."
         )
 
 
@@ -215,10 +265,69 @@ def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_t
         UserError: as :func:`open_data`, :func:`checked_rows`, :func:`check_templates` and :func:`encode_prompt`.
     """
     check_templates(template, chat_template, tokenizer)
-    columns = [source.prompt] + ([source.answer] if source.answer else [])
-    prompts = []
-    for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key)):
+    columns = [column for column in (source.prompt, source.answer) if column]
+    optional = [source.tolerance] if source.tolerance else []
+    prompts, seen = [], set()
+    for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key, optional)):
         where = f"{key}.prompt: row {i} of {source.path!r}, column {source.prompt!r},"
         text, token_ids = encode_prompt(row[source.prompt], where, tokenizer, template, chat_template)
-        prompts.append(Prompt(text, token_ids, str(row[source.answer]) if source.answer else "", i))
-    return prompts
+        if source.deduplicate and text in seen:
+            continue
+        seen.add(text)
+        prompt = Prompt(text, token_ids, "", i)
+        if source.answer:
+            where = f"{key}.answer: row {i} of {source.path!r}, column {source.answer!r},"
+            prompt.answer = gold_answer(row[source.answer], source.read_answer, where)
+        if source.tolerance:
+            where = f"{key}.tolerance: row {i} of {source.path!r}, column {source.tolerance!r},"
+            prompt.tolerance = read_tolerance(row[source.tolerance], where)
+        prompts.append(prompt)
+    if source.sample is None:
+        return prompts
+    if not 1 <= source.sample <= len(prompts):
+        raise UserError(f"{key}.sample: expected from 1 to the {len(prompts)} rows there are, got {source.sample}.")
+    chosen = np.random.default_rng(source.sample_seed).permutation(len(prompts))[: source.sample]
+    return [prompts[i] for i in sorted(chosen)]
+
+
+def gold_answer(value: Any, how: str, where: str) -> str:
+    r"""The gold answer in a cell, see ``Source.read_answer``. Lists are joined by commas, 27.0 is 27.
+
+    >>> gold_answer("... so 600 + 634.\n#### 1,234", "hashes", "")
+    '1234'
+    >>> gold_answer(["$-1$", "$2$"], "plain", "")
+    '-1, 2'
+
+    Raises:
+        UserError: if it holds no answer of the kind.
+    """
+    if isinstance(value, list):
+        return ", ".join(gold_answer(part, how, where).strip("$") for part in value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text: str | None = str(value).strip()
+    if how == "boxed":  # MATH has a few of the second and third form
+        text = last_boxed(str(value).replace("\\fbox{", "\\boxed{"))
+        if text is None and (unbraced := re.findall(r"\\boxed\s+([^\s$]+)", str(value))):
+            text = unbraced[-1].rstrip(".,")
+    elif how == "hashes":
+        text = str(value).rpartition("####")[2].strip().replace(",", "") if "####" in str(value) else None
+    if not text:
+        mark = {"boxed": "a closed \\boxed{...}", "hashes": "an answer after ####"}.get(how, "text")
+        raise UserError(f"{where} holds {value!r}; expected {mark}. Mend or drop the row, or change read_answer.")
+    return text
+
+
+def read_tolerance(value: Any, where: str) -> float:
+    """The number in a cell, 0 where it is empty.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    try:
+        number = float(value) if value not in (None, "") else 0.0
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise UserError(f"{where} holds {value!r}; expected a number >= 0 or nothing.")
+    return number
