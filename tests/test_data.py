@@ -183,6 +183,16 @@ def test_gold_answers_that_the_reward_cannot_read_are_named_and_left_out(model: 
         connect(RolloutData(Source(path), prompts_per_phase=2), model, TwoGRPO())
 
 
+def test_prompts_to_predict_need_no_answer_that_can_be_read(model: str, tmp_path: Path):
+    path = answered(tmp_path / "rows.jsonl", ["0", r"\text{}"])
+    data = RolloutData(Source(path), predict=Source(path), prompts_per_phase=2)
+    data.trainer = connect(
+        RolloutData(Source(answered(tmp_path / "fine.jsonl", ["0", "2"])), prompts_per_phase=2), model, TwoGRPO()
+    ).trainer
+    data.setup("predict")
+    assert len(data.prompts["predict"]) == 2
+
+
 def test_a_reward_may_be_a_coroutine(model: str, few_prompts: str):
     async def always(samples: list[Sample]) -> list[float]:
         return [1.0] * len(samples)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_layouts import write
 
 from lit_grpo.data import Source
 from lit_grpo.data.prompts import Prompt, gold_answer, load_prompts
@@ -14,16 +14,6 @@ from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.errors import UserError
 from lit_grpo.policy import load_tokenizer
 from lit_grpo.rewards.verify import judge
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        Dataset.from_list(rows).to_parquet(str(path))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def load(model: str, path: str, template: str = "none", **source: Any) -> list[Prompt]:

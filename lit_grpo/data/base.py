@@ -85,7 +85,11 @@ class PromptData(L.LightningDataModule):
         fallbacks = {"val": ["val"], "test": ["test", "val"], "predict": ["predict", "test", "val"]}[split]
         key = next((key for key in fallbacks if self.sources[key] is not None), None)
         if key is not None and (source := self.sources[key]) is not None:
-            self.prompts[split] = self.load_prompts(source, f"data.init_args.{key}")
+            prompts = self.load_prompts(source, f"data.init_args.{key}")
+            scored = stage != "predict"
+            self.prompts[split] = (
+                self.with_readable_answers(prompts, source, f"data.init_args.{key}") if scored else prompts
+            )
             self.loaders[split] = FilledLoader(1, NOTHING_SAMPLED)
         elif stage != "fit":
             raise UserError(f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give a path and its columns.")
@@ -120,25 +124,25 @@ class PromptData(L.LightningDataModule):
             rank_zero_info(
                 f"{key}: left out {len(prompts) - len(kept)} of {len(prompts)} prompts, longer than {limit} tokens"
             )
-        return self.with_readable_answers(kept, source, key)
+        return kept
 
     def with_readable_answers(self, prompts: list[Prompt], source: Source, key: str) -> list[Prompt]:
         """The prompts whose gold answer the reward can read; no completion of another could be right."""
         if source.answer is None or not hasattr(self.reward, "unreadable"):
             return prompts
-        bad = self.reward.unreadable([prompt.answer for prompt in prompts])
+        bad = dict.fromkeys(self.reward.unreadable([prompt.answer for prompt in prompts]))
         if len(bad) == len(prompts):
             raise UserError(
                 f"{key}.answer: the reward can read no gold answer in column {source.answer!r} of {source.path!r}, the"
                 f" first is {prompts[0].answer!r}. Name the right column, or another reward."
             )
         if bad:
-            shown = ", ".join(f"row {prompts[i].row}: {prompts[i].answer!r}" for i in bad[:20])
+            shown = ", ".join(f"row {prompts[i].row}: {prompts[i].answer!r}" for i in list(bad)[:20])
             rank_zero_warn(
                 f"{key}: left out {len(bad)} of {len(prompts)} prompts of {source.path!r}, whose gold answer the reward"
                 f" cannot read ({shown}{', ...' if len(bad) > 20 else ''}). Mend these rows if you want them."
             )
-        return [prompt for i, prompt in enumerate(prompts) if i not in set(bad)]
+        return [prompt for i, prompt in enumerate(prompts) if i not in bad]
 
     def check_reward(self) -> None:
         """Call the reward on two gold answers before any model is loaded, so that its mistakes cost nothing."""

@@ -73,7 +73,8 @@ class RolloutData(PromptData):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_sizes()
-            self.prompts["train"] = self.load_prompts(self.train, "data.init_args.train")
+            prompts = self.load_prompts(self.train, "data.init_args.train")
+            self.prompts["train"] = self.with_readable_answers(prompts, self.train, "data.init_args.train")
             batches = self.updates_per_phase * self.trainer.accumulate_grad_batches
             self.loaders["train"] = FilledLoader(batches, NOTHING_SAMPLED)
         super().setup(stage)
@@ -221,12 +222,16 @@ class RolloutData(PromptData):
 
     def reward_parts(self) -> dict[str, float]:
         """Means of what the reward had to say beside the rewards, over all processes' samples that have it."""
-        mine = [part for sample in self.samples for part in sample.parts.items()]
-        parts: dict[str, list[float]] = {}
-        for everyones in gather_objects(mine, self.trainer.world_size):
-            for name, value in everyones:
-                parts.setdefault(f"reward_{name}", []).append(value)
-        return {name: sum(values) / len(values) for name, values in sorted(parts.items())}
+        mine: dict[str, list[float]] = {}
+        for sample in self.samples:
+            for name, value in sample.parts.items():
+                mine.setdefault(f"reward_{name}", []).append(value)
+        totals: dict[str, tuple[float, int]] = {}
+        for part in gather_objects({name: (sum(v), len(v)) for name, v in mine.items()}, self.trainer.world_size):
+            for name, (total, count) in part.items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = before[0] + total, before[1] + count
+        return {name: total / count for name, (total, count) in sorted(totals.items())}
 
     def sampled_batches(self) -> list[Batch]:
         return self.loaders["train"].items or []

@@ -67,21 +67,8 @@ class VLLMEngine(Engine):
                 f"trainer.devices: vLLM would take the first GPU, not {device}. Set CUDA_VISIBLE_DEVICES={device.index}"
                 " and trainer.devices to 1."
             )
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_cache_gib)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # threads stay the trainer's to place
-        try:
-            import vllm
-        except ImportError as error:
-            raise UserError(
-                f"rollout: VLLMRollout needs vLLM, which cannot be imported ({error}). {INSTALL}"
-            ) from error
-        if vllm.__version__ not in SUPPORTED:
-            rank_zero_warn(
-                f"rollout: vLLM {vllm.__version__} is not among the releases this project supports ({SUPPORTED}). If it"
-                " misbehaves, install one of those, or set --rollout HFRollout."
-            )
+        vllm = import_vllm()
         self.vllm: Any = vllm
         self.stop_token_ids = stop_token_ids
         threads = torch.get_num_threads()
@@ -191,6 +178,27 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+
+
+def import_vllm() -> Any:
+    """vLLM, set to run in this process.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # threads stay the trainer's to place
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(f"rollout: VLLMRollout needs vLLM, which cannot be imported ({error}). {INSTALL}") from error
+    if vllm.__version__ not in SUPPORTED:
+        rank_zero_warn(
+            f"rollout: vLLM {vllm.__version__} is not among the releases this project supports ({SUPPORTED}). If it"
+            " misbehaves, install one of those, or set --rollout HFRollout."
+        )
+    return vllm
 
 
 @contextmanager

@@ -49,20 +49,20 @@ class OverProblems(Metric, ABC):
         self.add_state("ids", [], dist_reduce_fx="cat")
 
     @abstractmethod
-    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+    def values_of(self, num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
         """Values ``[P]`` of P problems."""
 
-    def update(self, first: Tensor, second: Tensor, ids: Tensor | None = None) -> None:
+    def update(self, num_correct: Tensor, num_samples: Tensor, ids: Tensor | None = None) -> None:
         """Add P problems.
 
         Args:
-            first: ``num_correct [P]``; for MajAtK ``votes [P, n]``.
-            second: ``num_samples [P]``; for MajAtK ``correct [P, n]``.
+            num_correct: ``[P]`` correct samples of each problem.
+            num_samples: ``[P]`` samples of each problem.
             ids: ``[P]`` whole numbers >= 0 that name the problems; of several rows with one id the first counts. If not
                 given, every row is a problem of its own.
         """
-        self.values.append(torch.stack([self.values_of(first, second, k) for k in self.k], dim=1))
-        self.ids.append(torch.full((len(first),), -1, device=first.device) if ids is None else ids)
+        self.values.append(torch.stack([self.values_of(num_correct, num_samples, k) for k in self.k], dim=1))
+        self.ids.append(torch.full((len(num_correct),), -1, device=num_correct.device) if ids is None else ids)
 
     def per_problem(self) -> Tensor:
         """Values ``[P, number of k]`` of the problems so far, of this process outside ``compute``."""
@@ -80,11 +80,12 @@ class OverProblems(Metric, ABC):
     def means(self) -> dict[int, Tensor]:
         """What ``compute`` returns, where states are synchronised already."""
         if not len(self.values):  # a tensor once it is gathered
-            return {k: torch.tensor(torch.nan) for k in self.k}
+            nothing = torch.full(() if self.level is None else (2,), torch.nan, device=self.device)
+            return dict.fromkeys(self.k, nothing)
         values = self.per_problem()
         if self.level is None:
             return dict(zip(self.k, values.mean(0), strict=True))
-        return {k: torch.tensor(mean_interval(values[:, i], self.level)) for i, k in enumerate(self.k)}
+        return {k: values.new_tensor(mean_interval(values[:, i], self.level)) for i, k in enumerate(self.k)}
 
 
 class MeanAtK(OverProblems):
@@ -102,8 +103,8 @@ class MeanAtK(OverProblems):
     def __init__(self, level: float | None = None, **kwargs: Any) -> None:
         super().__init__(k=1, level=level, **kwargs)
 
-    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        return mean_at_k(first, second)
+    def values_of(self, num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
+        return mean_at_k(num_correct, num_samples)
 
     def compute(self) -> Tensor:
         """A scalar, or ``[2]`` with a ``level``; NaN before the first problem."""
@@ -123,8 +124,8 @@ class PassAtK(OverProblems):
         {1: 0.4167, 2: 0.5}
     """
 
-    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        return pass_at_k(first, second, k)
+    def values_of(self, num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
+        return pass_at_k(num_correct, num_samples, k)
 
 
 class PassHatK(OverProblems):
@@ -139,8 +140,8 @@ class PassHatK(OverProblems):
         {2: tensor(0.5000)}
     """
 
-    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        return pass_hat_k(first, second, k)
+    def values_of(self, num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
+        return pass_hat_k(num_correct, num_samples, k)
 
 
 class BestAtN(OverProblems):
@@ -155,8 +156,8 @@ class BestAtN(OverProblems):
         {32: tensor(0.5460)}
     """
 
-    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        return best_at_n(first, second, k)
+    def values_of(self, num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
+        return best_at_n(num_correct, num_samples, k)
 
 
 class MajAtK(OverProblems):
@@ -172,5 +173,9 @@ class MajAtK(OverProblems):
         {1: tensor(0.), 3: tensor(0.5000)}
     """
 
-    def values_of(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        return maj_at_k(first, second, k)
+    def update(self, votes: Tensor, correct: Tensor, ids: Tensor | None = None) -> None:
+        """Add P problems, see :func:`~lit_grpo.metrics.functional.maj_at_k`; ``ids`` as elsewhere."""
+        super().update(votes, correct, ids)
+
+    def values_of(self, votes: Tensor, correct: Tensor, k: int) -> Tensor:
+        return maj_at_k(votes, correct, k)

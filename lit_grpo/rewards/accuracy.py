@@ -74,8 +74,11 @@ class MathReward:
         return scores
 
     def unreadable(self, golds: list[str]) -> list[int]:
-        """Which gold answers math-verify cannot read, so that no completion could be right."""
-        return [i for i, fine in enumerate(self.killable(readable, golds)) if not fine]
+        """Which gold answers math-verify cannot read, so that no completion could be right.
+
+        One that takes too long is not among them: processes that share a run must come to the same rows.
+        """
+        return [i for i, fine in enumerate(self.killable(readable, golds)) if fine is False]
 
     def killable(self, work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
         """What ``work`` makes of the items, in worker processes; None where it took too long or killed its process.
