@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from lit_grpo.quickstart import make_task
 
 torch.set_num_threads(2)
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+"""Of processes that run a test file as a script."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

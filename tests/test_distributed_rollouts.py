@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import ENVIRONMENT, quiet_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_invariance import even_first_digit, furthest
 from torch import Tensor
@@ -74,8 +73,7 @@ def test_a_run_again_samples_the_same(model: str, many_prompts: str, tmp_path: P
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_processes_train_together(model: str, many_prompts: str, tmp_path: Path, strategy: str):
     job = [model, many_prompts, strategy, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=environment)
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=ENVIRONMENT)
     (ours, samples, metrics), (theirs, more, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert furthest(ours, theirs) == 0
     alone, _ = train(model, many_prompts, "one", tmp_path)

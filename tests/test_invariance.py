@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import ENVIRONMENT, quiet_trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -180,8 +180,7 @@ def test_processes_change_nothing(model: str, few_prompts: str, many_prompts: st
     The exception is KTO on rollouts: its baseline pairs prompts with completions of the same process.
     """
     job = {"model": model, "prompts": few_prompts, "many": many_prompts, "pairs": pairs, "folder": str(tmp_path)}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=environment)
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=ENVIRONMENT)
     split = torch.load(tmp_path / "split.pt")
     for loss in LOSSES:
         whole = train(model, few_prompts, tmp_path, loss)

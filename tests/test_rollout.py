@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import ENVIRONMENT, quiet_trainer
 from lightning.pytorch.strategies import DDPStrategy
 from test_invariance import ScriptedEngine, ScriptedRollout, even_first_digit
 from torch import Tensor
@@ -143,13 +142,12 @@ def test_a_sharded_policy_s_copy_is_let_go(model: str):
 def test_no_process_waits_for_one_whose_engine_does_not_come_back(
     model: str, few_prompts: str, tmp_path: Path, fault: str
 ):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     run = subprocess.run(
         [sys.executable, __file__, model, few_prompts, str(tmp_path), fault],
         capture_output=True,
         text=True,
         timeout=200,
-        env=environment,
+        env=ENVIRONMENT,
     )
     assert run.returncode != 0
     assert "did not finish within 2 s (rollout.init_args.timeout): " in run.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ENVIRONMENT
 from torch import Tensor, nn
 
 from lit_grpo.engines import full_weights
@@ -137,9 +137,8 @@ SHARDED: dict[str, Callable[[Policy], nn.Module]] = {
 
 
 def test_every_process_gathers_what_all_share_out(model: str, tmp_path: Path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     ranks = [
-        subprocess.Popen([sys.executable, __file__, json.dumps([model, str(tmp_path), rank])], env=environment)
+        subprocess.Popen([sys.executable, __file__, json.dumps([model, str(tmp_path), rank])], env=ENVIRONMENT)
         for rank in range(2)
     ]
     assert [process.wait(timeout=200) for process in ranks] == [0, 0]
