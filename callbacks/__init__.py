@@ -6,6 +6,7 @@
 from callbacks.learning_curve import LearningCurve
 from callbacks.progress import PhaseProgress
 from callbacks.reference_cache import ReferenceCache
+from callbacks.results import Results
 from callbacks.rollout import HFRollout, Rollout, VLLMRollout
 from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
@@ -15,6 +16,7 @@ __all__ = [
     "LearningCurve",
     "PhaseProgress",
     "ReferenceCache",
+    "Results",
     "Rollout",
     "SampleTable",
     "SavePretrained",

@@ -10,11 +10,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lit_grpo.data import RolloutData
+from lit_grpo.data import Answers, RolloutData
 
 
 class PhaseProgress(ProgressBar):
-    """One bar over all phases: phase, reward, informative groups, tokens per second, time left.
+    """One bar over all phases, or over the problems of an evaluation: reward, tokens per second, time left.
 
     Where the output is no terminal it prints about 20 lines over the whole run instead.
     """
@@ -36,13 +36,16 @@ class PhaseProgress(ProgressBar):
         """What ``LightningModule.print`` asks."""
         return not self.hidden
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, unit: str, first: int, total: int | None) -> None:
+        """Show a bar."""
         hidden = self.hidden or not sys.stderr.isatty()
-        self.total = trainer.max_epochs if trainer.max_epochs != -1 else None  # max_steps or max_time end the run
-        self.bar = tqdm(
-            total=self.total, initial=trainer.current_epoch, unit="phase", dynamic_ncols=True, disable=hidden
-        )
-        self.first, self.started = trainer.current_epoch, time.perf_counter()
+        self.bar = tqdm(total=total, initial=first, unit=unit, dynamic_ncols=True, disable=hidden)
+        self.unit, self.first, self.total, self.printed = unit, first, total, 0
+        self.started = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = trainer.max_epochs if trainer.max_epochs != -1 else None  # max_steps or max_time end the run
+        self.start("phase", trainer.current_epoch, total)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.phase_started = time.perf_counter()
@@ -89,10 +92,11 @@ class PhaseProgress(ProgressBar):
     def print_line(self, done: int, facts: str) -> None:
         """One of the lines that stand for the bar where there is no terminal."""
         if self.total is None:
-            print(f"phase {done}  {facts}", file=sys.stderr, flush=True)
-        elif done % max(1, self.total // 20) == 0 or done in (self.first + 1, self.total):
+            print(f"{self.unit} {done}  {facts}", file=sys.stderr, flush=True)
+        elif done - self.printed >= max(1, self.total // 20) or done in (self.first + 1, self.total):
+            self.printed = done
             left = (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
-            print(f"phase {done}/{self.total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{self.unit} {done}/{self.total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def explain(self, metrics: dict[str, float]) -> None:
         """Say once, after the first phase that had a gradient, why the loss reads 0."""
@@ -106,6 +110,72 @@ class PhaseProgress(ProgressBar):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.close()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.start_evaluation(trainer, "val")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start_evaluation(trainer, "test")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start_evaluation(trainer, "predict")
+
+    def start_evaluation(self, trainer: L.Trainer, split: str) -> None:
+        """Show a bar over the problems of all sets of a split."""
+        self.sets = {key: prompts for key, prompts in trainer.datamodule.prompts.items() if key.split("/")[0] == split}
+        self.start("problem", 0, sum(map(len, self.sets.values())))
+        self.done = 0
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Answers, *_: Any
+    ) -> None:
+        if trainer.state.fn == "validate":
+            self.answered(trainer, batch, 0)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Answers,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.answered(trainer, batch, dataloader_idx)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Answers, *_: Any
+    ) -> None:
+        self.answered(trainer, batch, 0)
+
+    def answered(self, trainer: L.Trainer, batch: Answers, index: int) -> None:
+        """Say what this process, and so about every one, has got done."""
+        if self.bar is None or self.hidden or self.total is None:
+            return
+        count = min(len(batch.places) * trainer.world_size, self.total - self.done)
+        self.done += count
+        rewards = [s.reward for samples in batch.samples for s in samples if s.reward is not None]
+        facts = list(self.sets)[index].split("/")[-1]
+        facts += f", reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+        self.bar.set_postfix_str(facts, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable:
+            self.print_line(self.done, facts)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.close()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.close()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

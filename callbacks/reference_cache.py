@@ -18,6 +18,7 @@ from lit_grpo.data import PreferenceData
 from lit_grpo.data.collate import Row, collate, micro_batches
 from lit_grpo.distributed import gather_objects
 from lit_grpo.errors import UserError
+from lit_grpo.files import whole
 
 TOKENS_PER_PASS = 2**14
 
@@ -112,9 +113,8 @@ class ReferenceCache(L.Callback):
     def write(self) -> None:
         """Write the file whole or not at all."""
         logps = torch.tensor([x for row in self.rows for x in row.completion.ref_logps or []])
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        save_file({"logps": logps}, unfinished, {"fingerprint": self.fingerprint})
-        unfinished.rename(self.path)
+        with whole(self.path) as path:
+            save_file({"logps": logps}, path, {"fingerprint": self.fingerprint})
 
 
 def fingerprint(module: Any, precision: str, rows: list[Row]) -> str:

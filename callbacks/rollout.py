@@ -136,21 +136,37 @@ class Rollout(L.Callback, ABC):
         pl_module.log("train/seconds", self.clock())
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.evaluate(trainer, pl_module, "val")
+        self.begin(trainer, pl_module)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.evaluate(trainer, pl_module, "test")
+        self.begin(trainer, pl_module)
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.evaluate(trainer, pl_module, "predict")
+        self.begin(trainer, pl_module)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: Any, split: str) -> None:
-        """Sample the held-out prompts of a split, with the same seeds every time, so that curves are smooth."""
+    def begin(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Give the data module the engine, which answers held-out prompts with the same seeds every time."""
         engine, _ = self.sync(trainer, pl_module, canary=True)
-        trainer.datamodule.collect_eval(engine, self.evaluation, split)
-        engine.sleep()
-        if split == "val" and not trainer.sanity_checking and trainer.state.fn == "fit":
+        trainer.datamodule.begin(engine, self.evaluation)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.end(trainer, pl_module, "val")
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
             pl_module.log_dict({"val/seconds": self.clock(), "val/rollouts": float(self.rollouts)})
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.end(trainer, pl_module, "test")
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.end(trainer, pl_module, "predict")
+
+    def end(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+        """Let the engine sleep, and log what the reward had to say beside the scores."""
+        assert self.engine is not None
+        self.engine.sleep()
+        trainer.datamodule.engine = None
+        if split != "predict":
+            pl_module.log_dict({f"{split}/{name}": value for name, value in trainer.datamodule.reward_parts().items()})
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what Lightning's sanity check found and would forget: the untrained policy, the curve's first point."""

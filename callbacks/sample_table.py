@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_grpo.data import PromptData, RolloutData, Sample
+from lit_grpo.data import Answers, PromptData, RolloutData, Sample
 from lit_grpo.distributed import gather_objects
 from lit_grpo.errors import UserError
 
@@ -19,7 +19,7 @@ class SampleTable(L.Callback):
     """Writes completions with their rewards: as text to TensorBoard, as ``samples/*.jsonl`` to the run folder.
 
     Args:
-        every_n_phases: how often rollouts are written; validation, test and predict samples always are.
+        every_n_phases: how often rollouts are written; samples of validation and predict always are.
         num_samples: rows of the table in TensorBoard; the file holds all.
     """
 
@@ -42,20 +42,19 @@ class SampleTable(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.write(trainer, trainer.datamodule.samples, f"val-{trainer.global_step:05d}")
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.write(trainer, trainer.datamodule.samples, "test")
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Answers, *_: Any
+    ) -> None:
+        self.write(trainer, [sample for samples in batch.samples for sample in samples], "predict", append=True)
 
-    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.write(trainer, trainer.datamodule.samples, "predict")
-
-    def write(self, trainer: L.Trainer, samples: list[Sample], name: str) -> None:
+    def write(self, trainer: L.Trainer, samples: list[Sample], name: str, append: bool = False) -> None:
         """Write the samples of all processes; all must take part."""
         samples = [sample for part in gather_objects(samples, trainer.world_size) for sample in part]
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        with open(folder / f"{name}.jsonl", "a" if append else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -13,12 +13,12 @@ RL post-training of language models on Lightning.
 commands:
   fit        train the policy
   validate   sample the validation prompts and print Mean@k and Pass@k
-  test       the same on the test prompts
+  test       sample benchmarks and write tables of Mean@k, Pass@k and their relatives
   predict    sample prompts and write the completions to the run folder
 
 Every key of a config file can be given or changed on the command line, later ones win:
-  lit-grpo fit -c configs/2grpo_math.yaml --model.loss GRPO --data.group_size 16 --data.prompts_per_phase 32
-  lit-grpo fit -c configs/2grpo_math.yaml --print_config     show the whole configuration and stop
+  lit-grpo fit -c configs/paper/2grpo.yaml --model.loss GRPO --data.group_size 16 --data.updates_per_phase 16
+  lit-grpo fit -c configs/paper/2grpo.yaml --print_config     show the whole configuration and stop
   lit-grpo fit --help                                        every key with its meaning
 """
 

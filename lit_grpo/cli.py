@@ -23,6 +23,7 @@ from callbacks import (  # noqa: F401
     LearningCurve,
     PhaseProgress,
     ReferenceCache,
+    Results,
     Rollout,
     SampleTable,
     SavePretrained,
@@ -65,6 +66,11 @@ class Parser(LightningArgumentParser):
             message += (
                 f"\nRollouts are drawn from the whole distribution: with {cut[1]} they would not be the policy's own."
                 f" Held-out prompts may have it: rollout.init_args.evaluation.{cut[1]}."
+            )
+        if 'Parser key "test"' in message:
+            message += (
+                "\ndata.init_args.test: benchmarks have names; give them as {my_benchmark: {path: ...}}, or as"
+                " --data.test.my_benchmark.path=..."
             )
         noise = r"\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
         raise UserError("\n".join(line for line in message.splitlines() if not re.match(noise, line))) from ex
@@ -116,6 +122,12 @@ class CLI(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.set_defaults(verbose=False)  # Results prints a table of its own
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Do not let hyper-parameters of a checkpoint replace what the user wrote: ``config.yaml`` is the record."""
 
@@ -134,20 +146,22 @@ class CLI(LightningCLI):
         ckpt_path = config.ckpt_path
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")
-        if rank_zero_only.rank == 0:
+        goes_on = self.subcommand == "test" and (self.run_dir / "results").is_dir()  # see Results
+        if rank_zero_only.rank == 0 and not goes_on:
             prepare_run_dir(self.run_dir, ckpt_path if self.subcommand == "fit" else None)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         config["default_root_dir"] = str(self.run_dir)
         if config["logger"] is None:
             where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
-            config["logger"] = [TensorBoardLogger(**where), CSVLogger(**where, flush_logs_every_n_steps=1)]
+            table = [] if self.subcommand == "test" else [CSVLogger(**where, flush_logs_every_n_steps=1)]  # see Results
+            config["logger"] = [TensorBoardLogger(**where), *table]
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]
         try:
-            return super()._instantiate_trainer(config, [*callbacks, SavePretrained(), LearningCurve()])
+            return super()._instantiate_trainer(config, [*callbacks, SavePretrained(), LearningCurve(), Results()])
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
 
@@ -156,12 +170,14 @@ class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` without the checkpoint that a resumed run began with, so that the file repeats the run."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "test" and (Path(trainer.default_root_dir) / "config.yaml").exists():
+            return  # of the same evaluation, as Results makes sure
         self.config: Any = self.config.clone()
         self.config.ckpt_path = None
         super().setup(trainer, pl_module, stage)
 
 
-RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained")
+RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained", "results")
 
 
 def prepare_run_dir(folder: Path, ckpt_path: str | Path | None) -> None:

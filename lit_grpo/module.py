@@ -9,15 +9,14 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
 
-from lit_grpo.data.types import Batch
+from lit_grpo.data.types import Answers, Batch
 from lit_grpo.errors import UserError
-from lit_grpo.losses import Loss, LossInputs, LossOutput, diagnostics
+from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
 from lit_grpo.losses.base import Metrics
-from lit_grpo.metrics import MeanAtK, PassAtK
+from lit_grpo.metrics import Scores
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, shard, stop_token_ids
 
 
@@ -26,11 +25,12 @@ class PolicyModule(L.LightningModule):
 
     Args:
         model: folder or hub id of a causal language model with its tokenizer.
-        loss: the objective.
+        loss: the objective; 2-GRPO if not given.
         optimizer: of the policy's parameters. Adam without weight decay at 1e-6, the rate of most RL recipes.
         lr_scheduler: stepped once per optimizer step; constant if not given.
         gradient_checkpointing: recompute activations in the backward pass, for less memory and about a third more time.
         correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
+        pass_at: the k of Pass@k; powers of two and all samples of a prompt if not given.
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
             this in the mean absolute log-prob of a token: then the engine does not run the policy. Up to about 0.04 is
             normal in bfloat16, 1e-5 in float32. If not given, 0.001 in float32 on a CPU, else 0.1.
@@ -42,18 +42,20 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model: str,
-        loss: Loss,
+        loss: Loss | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
         correct_at: float = 1.0,
+        pass_at: list[int] | None = None,
         max_mismatch: float | None = None,
         log_entropy: bool = False,
         old_policy: Literal["sampler", "trainer"] = "sampler",
     ) -> None:
         super().__init__()
         self.log_entropy, self.old_policy = log_entropy, old_policy
-        self.model_name, self.loss = model, loss
+        self.model_name, self.pass_at = model, pass_at
+        self.loss: Loss = TwoGRPO() if loss is None else loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.gradient_checkpointing, self.correct_at, self.max_mismatch = (
             gradient_checkpointing,
@@ -89,17 +91,24 @@ class PolicyModule(L.LightningModule):
         if self.max_mismatch is None:
             exact = self.trainer.precision == "32-true" and self.trainer.strategy.root_device.type == "cpu"
             self.max_mismatch = 1e-3 if exact else 0.1
-        n = getattr(self.trainer.datamodule, "samples_per_prompt", 1)
-        self.samples_per_prompt = n
-        self.mean_reward = MeanMetric()
-        self.mean_at_k = MeanAtK()
-        self.pass_at_k = PassAtK(k=[2**i for i in range(1, n.bit_length()) if 2**i < n] + [n])
+        data = self.trainer.datamodule
+        n = getattr(data, "samples_per_prompt", 1)
+        pass_at = self.pass_at or [2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]
+        if bad := [k for k in pass_at if not 1 <= k <= n]:
+            raise UserError(
+                f"model.pass_at: Pass@{bad[0]} needs from 1 to data.init_args.samples_per_prompt, {n}, completions of"
+                " each prompt. Raise that, or leave it out."
+            )
+        split = "val" if stage in ("fit", "validate") else stage
+        keys = [key for key in getattr(data, "prompts", {}) if key.split("/")[0] == split]
+        self.scores = nn.ModuleDict({key: Scores(n, pass_at) for key in keys})
 
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning may call this twice
             return
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
-        if self.loss.needs_kl_baseline or (self.loss.needs_reference and not self.reference_is_cached):
+        needed = self.loss.needs_kl_baseline or (self.loss.needs_reference and not self.reference_is_cached)
+        if needed and self.trainer.state.fn == "fit":
             self.reference = load_reference(self.model_name)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for model in filter(None, (self.policy, self.reference)):
@@ -257,37 +266,51 @@ class PolicyModule(L.LightningModule):
                 " Lower model.optimizer's lr, or look for what the loss divides by; checkpoints of earlier phases hold."
             )
 
-    def score(self, rewards: Tensor) -> None:
-        """Count one batch of held-out prompts, ``[P, n]`` rewards."""
-        self.mean_reward.update(rewards)
-        correct = (rewards >= self.correct_at).sum(-1)
-        samples = torch.full_like(correct, rewards.shape[1])
-        self.mean_at_k.update(correct, samples)
-        self.pass_at_k.update(correct, samples)
+    def score(self, key: str, answers: Answers) -> None:
+        """Count a batch of held-out prompts."""
+        scores: Any = self.scores[key]
+        ballots: list[dict[str, int]] = [{} for _ in answers.samples]
+        votes = [
+            [-1 if s.parsed is None else ballot.setdefault(s.parsed, len(ballot)) for s in samples]
+            for ballot, samples in zip(ballots, answers.samples, strict=True)
+        ]
+        rewards = [[s.reward for s in samples] for samples in answers.samples]
+        scores.update(
+            torch.tensor(rewards, device=self.device).reshape(-1, scores.n),
+            torch.tensor(votes, device=self.device).reshape(-1, scores.n),
+            torch.tensor(answers.places, device=self.device),
+            self.correct_at,
+        )
 
-    def log_scores(self, prefix: str) -> None:
-        """Log Mean@n and Pass@k over all ranks, and start afresh."""
-        scores = {f"{prefix}/reward": self.mean_reward.compute()}
-        scores |= {f"{prefix}/mean_at_{self.samples_per_prompt}": self.mean_at_k.compute()}
-        scores |= {f"{prefix}/pass_at_{k}": value for k, value in self.pass_at_k.compute().items()}
-        self.log_dict(scores)
-        self.mean_reward.reset()
-        self.mean_at_k.reset()
-        self.pass_at_k.reset()
-
-    def validation_step(self, rewards: Tensor, batch_idx: int) -> None:
-        self.score(rewards)
+    def validation_step(self, answers: Answers, batch_idx: int) -> None:
+        self.score("val", answers)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_scores("val")
+        scores: Any = self.scores["val"]
+        self.log_dict({f"val/{name}": mean for name, (mean, _) in scores.compute().items()})
 
-    def test_step(self, rewards: Tensor, batch_idx: int) -> None:
-        self.score(rewards)
+    def test_step(self, answers: Answers, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.score(list(self.scores)[dataloader_idx], answers)
 
     def on_test_epoch_end(self) -> None:
-        self.log_scores("test")
+        """Log each benchmark's scores with the half-widths of their intervals, and the means over benchmarks."""
+        sets: dict[str, Any] = dict(self.scores.items())
+        results = [scores.compute() for scores in sets.values()]
+        shared = [name for name in results[0] if all(name in found for found in results)]
+        average = {
+            name: (
+                sum(found[name][0] for found in results) / len(results),
+                sum(found[name][1] ** 2 for found in results) ** 0.5 / len(results),
+            )
+            for name in shared
+        }
+        for key, found in [*zip(sets, results, strict=True), ("test", average)]:
+            for name, (mean, ci) in found.items():
+                self.log(f"{key}/{name}", mean)
+                if name != "reward":
+                    self.log(f"{key}/{name}_ci", ci)
 
-    def predict_step(self, rewards: Tensor, batch_idx: int) -> None:
+    def predict_step(self, answers: Answers, batch_idx: int) -> None:
         """Nothing is left to compute: the engine has answered, and the sample table writes the answers down."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

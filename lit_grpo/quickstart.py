@@ -79,6 +79,33 @@ def make_task(folder: Path, seed: int) -> None:
         for a, b in draw.choices(problems[NUM_VAL:], k=NUM_DEMONSTRATIONS)
     ]
     write_jsonl(folder / "pairs.jsonl", pairs)
+    write_benchmarks(folder / "benchmarks", problems[:NUM_VAL])
+
+
+def write_benchmarks(folder: Path, problems: list[tuple[int, int]]) -> None:
+    """Write the held-out sums by what has to be carried, some answers as MATH and GSM8K have them, and differences.
+
+    No data to train on have differences.
+    """
+    folder.mkdir(exist_ok=True)
+    sums: dict[str, list[dict[str, Any]]] = {"no_carry": [], "carry_ones": [], "carry_tens": [], "carry_both": []}
+    for i, (a, b) in enumerate(problems):
+        ones = a % 10 + b % 10 > 9
+        tens = a // 10 + b // 10 + ones > 9
+        name = "carry_both" if ones and tens else "carry_ones" if ones else "carry_tens" if tens else "no_carry"
+        row = {"unique_id": f"sum-{i:03d}", "problem": f"{a}+{b}=", "answer": str(a + b)}
+        if name == "carry_tens":
+            row["answer"] = f"{a} and {b} are {a + b}.\n#### {a + b}"
+        if name == "carry_both":
+            row["answer"] = f"We carry twice, $\\boxed{{{a + b}}}$."
+        sums[name].append(row)
+    for name, rows in sums.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    differences = [
+        {"unique_id": f"difference-{i:03d}", "problem": f"{a}-{b}=", "answer": str(a - b)}
+        for i, (a, b) in enumerate(problems[:32])
+    ]
+    write_jsonl(folder / "differences.jsonl", differences)
 
 
 def small_qwen(**settings: Any) -> Any:

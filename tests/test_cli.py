@@ -358,7 +358,9 @@ def test_a_mistake_does_not_bar_the_folder_to_the_corrected_command(fit: list[st
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("test", ["--data.test.path=nowhere.jsonl"], "data.init_args.test.path: no file"),
+        ("test", ["--data.test.sums.path=nowhere.jsonl"], "data.init_args.test.sums.path: no file"),
+        ("test", ["--data.test.path=nowhere.jsonl"], "data.init_args.test: benchmarks have names"),
+        ("test", ["--data.test={a/b: {path: x}}"], "data.init_args.test: 'a/b' names files and metrics"),
         ("test", ["--data.val=null"], "data.init_args.test: `lit-grpo test` needs prompts"),
         ("validate", ["--data.val=null"], "data.init_args.val: `lit-grpo validate` needs prompts"),
         ("predict", ["--data.predict.path=nowhere.jsonl"], "data.init_args.predict.path: no file"),

@@ -80,7 +80,7 @@ def test_any_loss_trains_on_the_same_pairs(loss: str, task: Path, model: str, tm
     [
         ("offline/dpo.yaml", "SimPO", "beta: 2.0"),
         ("offline/dpo.yaml", "TwoGRPO", "beta: 0.0"),
-        ("2grpo_math.yaml", "GSPO", "clip_high: 0.0004"),
+        ("paper/2grpo.yaml", "GSPO", "clip_high: 0.0004"),
     ],
 )
 def test_another_loss_starts_from_its_own_defaults(

@@ -16,7 +16,7 @@ from lit_grpo.data.base import RewardFn
 from lit_grpo.losses import Loss
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/**/*.md")])
 
 
 def blocks(language: str) -> list[object]:

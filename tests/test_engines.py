@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from test_weights import with_adapters
 from torch import Tensor
 
 from callbacks import VLLMRollout
 from lit_grpo.data.types import Completion
 from lit_grpo.engines import Deadline, Engine, HFEngine, Sampling, VLLMEngine, full_weights
+from lit_grpo.engines.vllm_engine import SUPPORTED, _completion, ranks_in_environment
 from lit_grpo.errors import UserError
 from lit_grpo.policy import Policy, load_config, load_policy, load_tokenizer, stop_token_ids
 
@@ -184,9 +188,15 @@ def test_end_of_sequence_and_truncation_are_told_apart(engine: Engine):
 
 
 def test_greedy(engine: Engine, policy: Policy):
-    completion = engine.generate(PROMPTS[:1], 1, Sampling(max_tokens=1, temperature=0), [1])[0][0]
-    with torch.no_grad():
-        assert completion.token_ids == [policy.lm(torch.tensor(PROMPTS[:1])).logits[0, -1].argmax().item()]
+    """All samples of a prompt are the likeliest tokens, one after the other."""
+    groups = engine.generate(PROMPTS, 3, Sampling(max_tokens=4, temperature=0), [1, 2, 3])
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert len(group) == 3
+        assert group[0] == group[1] == group[2]
+        for t, token in enumerate(group[0].token_ids):
+            with torch.no_grad():
+                logits = policy.lm(torch.tensor([prompt + group[0].token_ids[:t]])).logits[0, -1]
+            assert token == logits.argmax()
 
 
 def test_top_k_top_p_and_min_p_keep_the_likeliest(engine: Engine, policy: Policy):
@@ -197,8 +207,10 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest(engine: Engine, policy: Policy
         (Sampling(1, top_p=likeliest.values[:3].sum().item() - 1e-3), 3),
         (Sampling(1, min_p=(likeliest.values[2:4].mean() / likeliest.values[0]).item()), 3),
     ):
-        drawn = {c.token_ids[0] for c in engine.generate(PROMPTS[:1], 200, sampling, [1])[0]}
-        assert drawn == set(likeliest.indices[:kept].tolist())
+        drawn = {c.token_ids[0]: c.logps[0] for c in engine.generate(PROMPTS[:1], 200, sampling, [1])[0]}
+        of_those_kept = (likeliest.values[:kept] / likeliest.values[:kept].sum()).log().tolist()
+        expected = dict(zip(likeliest.indices[:kept].tolist(), of_those_kept, strict=True))
+        assert drawn == pytest.approx(expected, abs=1e-4)
 
 
 def test_engine_leaves_the_trainers_random_numbers_alone(engine: Engine):
@@ -354,6 +366,25 @@ class TestVLLMFailures:
         (tmp_path / "config.json").write_text('{"model_type": "nonesuch", "architectures": ["NoneSuch"]}')
         with pytest.raises(UserError, match=r"(?s)vLLM could not start on .*does not know the model.*HFRollout"):
             VLLMEngine(str(tmp_path), [1], context=64)
+
+    def test_the_extra_takes_the_supported_releases(self):
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert {SpecifierSet(line.removeprefix("vllm")) for line in extras["vllm"]} == {SUPPORTED}
+
+    def test_it_is_told_the_device_of_its_process(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("LOCAL_RANK", "7")
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+        with ranks_in_environment(torch.device("cuda:1")):
+            assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("5", "1")
+        assert os.environ["LOCAL_RANK"] == "7"
+        assert "RANK" not in os.environ
+
+    def test_an_aborted_completion_is_no_completion(self):
+        """Training on it would teach the policy that it ended there."""
+        with pytest.raises(RuntimeError, match="a completion ended with 'abort'"):
+            _completion(SimpleNamespace(finish_reason="abort", token_ids=[3], logprobs=[{}]))
 
     def test_another_gpu_than_the_first_is_asked_for_in_another_way(self, model: str):
         with pytest.raises(UserError, match=r"take the first GPU, not cuda:1. Set CUDA_VISIBLE_DEVICES=1"):

@@ -250,7 +250,8 @@ def test_later_updates_compare_with_the_policy_that_sampled(
     assert (later.logps - later.old_logps).abs().max() > 1e-4  # which has moved since
 
 
-def test_mismatch_weight_is_that_of_a_second_forward(model: str):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_mismatch_weight_is_that_of_a_second_forward(model: str, level: str):
     """The trainer's side of the ratio comes from the forward pass that trains, without its gradient."""
     policy = load_policy(model).double()
     tokens, mask = batch()
@@ -261,10 +262,13 @@ def test_mismatch_weight_is_that_of_a_second_forward(model: str):
         policy.zero_grad()
         logps, _ = policy(tokens, mask)
         if forwards == 1:
-            loss = GRPO(tis_clip=1.1)(LossInputs(logps, mask, advantages, sampler_logps=sampler)).loss
+            loss = GRPO(tis_clip=1.1, tis_level=level)(LossInputs(logps, mask, advantages, sampler_logps=sampler)).loss
         else:
             with torch.no_grad():
-                weight = (policy(tokens, mask)[0] - sampler).exp().clamp(max=1.1)
+                log_weight = (policy(tokens, mask)[0] - sampler) * mask
+                if level == "sequence":
+                    log_weight = log_weight.sum(-1, keepdim=True)
+                weight = log_weight.exp().clamp(max=1.1)
             values = -weight * (logps - logps.detach()).exp() * advantages[:, None] * mask
             loss = (values.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
         loss.backward()

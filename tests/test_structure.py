@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import lit_grpo
 from lit_grpo.__main__ import main
@@ -46,10 +51,91 @@ def test_the_library_imports_neither_callbacks_nor_heavy_extras():
     assert not loaded_by(f"import {', '.join(modules)}") & {"callbacks", "vllm", "datasets", "lit_grpo.cli"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_parses(path: Path, capsys: pytest.CaptureFixture[str]):
-    """With the real parser; nothing is instantiated."""
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", f"--config={path}", "--print_config"])
+MAY_IMPORT = {
+    "lit_grpo/losses": {"lit_grpo.losses", "lit_grpo.errors"},
+    "lit_grpo/metrics": {"lit_grpo.metrics"},
+    "lit_grpo/rewards": {"lit_grpo.rewards", "lit_grpo.errors"},
+    "lit_grpo/data/types.py": set(),
+    "lit_grpo/engines": {"lit_grpo.engines", "lit_grpo.data.types", "lit_grpo.errors"},
+    "lit_grpo/module.py": {"lit_grpo.data.types", "lit_grpo.losses", "lit_grpo.metrics", "lit_grpo.policy", "lit_grpo.errors"},
+    "lit_grpo/data": {"lit_grpo.data", "lit_grpo.engines.base", "lit_grpo.rewards", "lit_grpo.losses", "lit_grpo.errors", "lit_grpo.distributed"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_who_imports_whom(part: str):
+    """Also inside functions; imports for types alone do not count."""
+    path = ROOT / part
+    for file in [path] if path.is_file() else path.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for_types = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            ours = [name for name in names if name.split(".")[0] in ("lit_grpo", "callbacks")]
+            if id(node) not in for_types:
+                for name in ours:
+                    allowed = any(f"{name}.".startswith(f"{other}.") for other in MAY_IMPORT[part])
+                    assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def parsed(command: str, *files: str) -> dict[str, Any]:
+    """What the real parser makes of configs; nothing is instantiated."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(said):
+        main([command, *(f"--config={ROOT / 'configs' / file}" for file in files), "--print_config"])
     assert stop.value.code == 0
-    assert "class_path" in capsys.readouterr().out
+    return yaml.safe_load(said.getvalue())
+
+
+CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_every_config_parses(file: str):
+    assert "class_path" in str(parsed("test" if file.startswith("eval") else "fit", file))
+
+
+METHODS = {
+    "2grpo.yaml": ("TwoGRPO", 8e-6, 2, 2, False),
+    "2grpo_rs.yaml": ("TwoGRPO", 8e-6, 2, 2, True),
+    "16grpo.yaml": ("GRPO", 1e-6, 16, 16, False),
+    "ablation/g2.yaml": ("TwoGRPO", 1e-6, 2, 16, False),
+    "ablation/g4.yaml": ("GRPO", 1e-6, 4, 16, False),
+    "ablation/g8.yaml": ("GRPO", 1e-6, 8, 16, False),
+    "ablation/g16.yaml": ("GRPO", 1e-6, 16, 16, False),
+}
+MODELS = {"qwen_math_7b.yaml": "7B", "r1_distill_1.5b.yaml": "R1-Distill", None: "Math-1.5B"}
+DATA = {"../data/math.yaml": "MATH-lighteval", "../data/dapo_math_sub.yaml": "DAPO-Math-17k-Processed"}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_paper_s_runs(method: str, model: str | None, data: str):
+    overlays = [f"paper/{file}" for file in ("2grpo.yaml", method, model, data) if file]
+    found = parsed("fit", *overlays)
+    loss, rate, group_size, updates, resampled = METHODS[method]
+    settings = found["model"]["loss"]["init_args"]
+    assert found["model"]["loss"]["class_path"].endswith(f".{loss}")
+    assert (settings["clip_low"], settings["clip_high"], settings["beta"]) == (0.2, 0.28, 0.0)
+    assert found["model"]["optimizer"]["init_args"]["lr"] == rate
+    assert found["model"]["lr_scheduler"]["init_args"]["total_iters"] == 10
+    assert MODELS[model] in found["model"]["model"]
+    rollouts = found["data"]["init_args"]
+    assert DATA[data] in rollouts["train"]["path"]
+    assert (rollouts["prompts_per_phase"], rollouts["group_size"]) == (512, group_size)
+    assert (rollouts["updates_per_phase"], rollouts["resample_ties"]) == (updates, resampled)
+    assert rollouts["max_rollouts"] == (512 * 16 if resampled else None)
+    assert found["trainer"]["max_epochs"] == 10 * 7500 // 512
+    sampling = found["rollout"]["init_args"]
+    assert sampling["max_tokens"] + 1024 == (8192 if model and "r1" in model else 4096)
+    rows = 512 * group_size // updates
+    devices = 8 if model == "qwen_math_7b.yaml" else 4
+    assert rows % devices == 0
+    assert rows // devices >= found["trainer"]["accumulate_grad_batches"]

@@ -74,35 +74,52 @@ class TestAdapters:
             layer.enable_adapters(False)
         assert not unlike(dict(full_weights(policy)), dict(full_weights(load_policy(model))), 1e-6)
 
-    def test_dora_is_refused(self, model: str):
+    def test_merged_and_then_switched_off_they_are_taken_out(self, model: str):
+        """As peft does in the forward pass that follows."""
+        policy = with_adapters(load_policy(model))
+        layers = [module for module in policy.modules() if hasattr(module, "get_delta_weight")]
+        for layer in layers:
+            layer.merge()
+            layer.enable_adapters(False)
+        found = {name: tensor.clone() for name, tensor in full_weights(policy)}
+        assert not unlike(found, dict(full_weights(load_policy(model))), 1e-6)
+        policy.lm(torch.tensor([[3, 4]]))
+        assert not unlike(found, dict(full_weights(policy)), 1e-6)
+
+    def test_a_whole_module_is_the_one_that_runs(self, adapted: nn.Module, model: str):
+        start = load_policy(model).lm.state_dict()
+        adapted.add_adapter("other", adapted.peft_config["default"])
+        with torch.no_grad():
+            adapted.base_model.model.model.norm.modules_to_save.other.weight.fill_(9)
+        assert torch.equal(dict(full_weights(adapted))["model.norm.weight"], 1.5 * start["model.norm.weight"])
+        adapted.set_adapter("other")
+        assert (dict(full_weights(adapted))["model.norm.weight"] == 9).all()
+        with adapted.disable_adapter():
+            assert not unlike(dict(full_weights(adapted)), start, 1e-6)
+
+    @pytest.mark.parametrize("more", ["use_dora", "lora_bias"])
+    def test_what_is_more_than_a_change_of_weights_is_refused(self, model: str, more: str):
         from peft import LoraConfig
 
         policy = load_policy(model)
-        policy.lm.add_adapter(LoraConfig(r=4, target_modules="all-linear", use_dora=True))
-        with pytest.raises(UserError, match="DoRA adapters cannot be merged"):
+        policy.lm.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], **{more: True}))
+        with pytest.raises(UserError, match="DoRA adapters, or those with a bias, cannot be merged"):
             list(full_weights(policy))
 
 
-class TestBuckets:
-    """A consumer sees how many tensors were gathered before it got the first of them."""
+@pytest.mark.parametrize("bucket_mib", [1, 2**20])
+def test_no_more_than_a_bucket_is_gathered_at_once(bucket_mib: int, monkeypatch: pytest.MonkeyPatch):
+    """Tensors of 0.3, 0.5, 0.9 and 1.5 MiB, the last of which is larger than a bucket."""
+    gathered = []
 
-    @pytest.mark.parametrize(("bucket_mib", "most"), [(1, 1.3), (2**20, 10.0)])
-    def test_no_more_is_gathered_at_once(
-        self, bucket_mib: int, most: float, model: str, monkeypatch: pytest.MonkeyPatch
-    ):
-        ahead, taken = [0], []
+    def arrived(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        gathered.append([round(tensor.numel() * 4 / 2**20, 1) for _, tensor in bucket])
+        yield from bucket
 
-        def counted(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in policy.state_dict().items():
-                ahead[0] += tensor.numel() * 4
-                yield name, tensor
-
-        monkeypatch.setattr("lit_grpo.engines.weights.stored_tensors", counted)
-        for _, tensor in full_weights(load_policy(model), bucket_mib):
-            taken.append(ahead[0] / 2**20)
-            ahead[0] -= tensor.numel() * 4
-        assert max(taken) <= most
-        assert (max(taken) > 1.5) == (bucket_mib > 1)
+    monkeypatch.setattr("lit_grpo.engines.weights.arrived", arrived)
+    layers = [nn.Linear(1, int(mib * 2**18), bias=False) for mib in (0.3, 0.5, 0.9, 1.5)]
+    assert len(list(full_weights(nn.Sequential(*layers), bucket_mib))) == 4
+    assert gathered == ([[0.3, 0.5], [0.9], [1.5]] if bucket_mib == 1 else [[0.3, 0.5, 0.9, 1.5]])
 
 
 def fsdp1(policy: Policy) -> nn.Module:

@@ -5,9 +5,10 @@ from lit_grpo.data.layouts import Preferences
 from lit_grpo.data.preferences import PreferenceData
 from lit_grpo.data.prompts import Source
 from lit_grpo.data.rollouts import RolloutData
-from lit_grpo.data.types import Batch, Completion, Group, Sample
+from lit_grpo.data.types import Answers, Batch, Completion, Group, Sample
 
 __all__ = [
+    "Answers",
     "Batch",
     "Completion",
     "Group",

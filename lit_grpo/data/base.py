@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_grpo.data.loader import FilledLoader
+from lit_grpo.data.loader import LazyLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
 from lit_grpo.data.templates import TEMPLATES
-from lit_grpo.data.types import Batch, Group, Sample
+from lit_grpo.data.types import Answers, Batch, Group, Sample
+from lit_grpo.distributed import gather_objects
 from lit_grpo.engines.base import Engine, Sampling
 from lit_grpo.errors import UserError
 from lit_grpo.rewards import math_reward, resolved
@@ -23,6 +25,9 @@ from lit_grpo.rewards import math_reward, resolved
 RewardFn = Callable[[list[Sample]], Any]
 """Scores samples: a list of one float each, or a coroutine that returns it. Any importable function, or object with
 ``__call__``, may stand in YAML."""
+
+COMPLETIONS_AT_ONCE = 2048
+"""Of held-out prompts, each process: many enough for an engine to be busy, and lost when a run is killed."""
 
 NOTHING_SAMPLED = (
     "No samples to read: no rollout callback has run. Give the Trainer one (HFRollout or VLLMRollout; the command line"
@@ -38,8 +43,8 @@ class PromptData(L.LightningDataModule):
 
     Args:
         val: prompts of validation.
-        test: prompts of ``test``; those of validation if not given.
-        predict: prompts of ``predict``; those of test or validation if not given.
+        test: benchmarks of ``test``, by name; the prompts of validation if not given.
+        predict: prompts of ``predict``; those of validation if not given.
         reward: scores samples, see ``RewardFn``.
         samples_per_prompt: completions of each held-out prompt, the k of Mean@k.
         template: text in which ``{prompt}`` is replaced by the row's text, or the name of one: ``none``, ``boxed``,
@@ -52,11 +57,11 @@ class PromptData(L.LightningDataModule):
     def __init__(
         self,
         val: Source | None = None,
-        test: Source | None = None,
+        test: dict[str, Source] | None = None,
         predict: Source | None = None,
         reward: RewardFn = math_reward,
         samples_per_prompt: int = 4,
-        template: str = "{prompt}",
+        template: str = "none",
         chat_template: bool = False,
         max_prompt_tokens: int | None = None,
         seed: int = 0,
@@ -68,31 +73,45 @@ class PromptData(L.LightningDataModule):
             )
         if seed < 0:
             raise UserError(f"data.init_args.seed: expected a whole number >= 0, got {seed}.")
-        self.sources = {"val": val, "test": test, "predict": predict}
+        benchmarks = test or {}
+        for name in benchmarks:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(
+                    f"data.init_args.test: {name!r} names files and metrics; use letters, digits, hyphens and"
+                    " underscores only."
+                )
+        self.sources: dict[str, Any] = {"val": val, "predict": predict}
+        self.sources |= {f"test/{name}": source for name, source in benchmarks.items()}
         self.reward, self.samples_per_prompt, self.seed = reward, samples_per_prompt, seed
+        self.template_name = template
         self.template = TEMPLATES.get(template, template)
         self.chat_template, self.max_prompt_tokens = chat_template, max_prompt_tokens
         self.prompts: dict[str, list[Prompt]] = {}
-        self.loaders: dict[str, FilledLoader[Any]] = {}
+        """Those of ``train``, ``val``, ``predict``, and of each benchmark, ``test/NAME``."""
+        self.loaders: dict[str, Any] = {}
         self.stats: dict[str, float] = {}
         """What there is to log about the data of the epoch that begins."""
         self.samples: list[Sample] = []
-        """The latest samples of this rank, scored."""
+        """This rank's samples, scored: of the latest phase, or of the held-out prompts since ``begin``."""
+        self.engine: tuple[Engine, Sampling] | None = None
+        self.answered: dict[str, dict[int, list[Sample]]] = {}
+        """Samples of benchmarks by the place of the prompt, from before an interruption."""
 
     def setup(self, stage: str) -> None:
         stage = str(getattr(stage, "value", stage))  # Lightning passes an enumeration
         split = "val" if stage in ("fit", "validate") else stage
-        fallbacks = {"val": ["val"], "test": ["test", "val"], "predict": ["predict", "test", "val"]}[split]
-        key = next((key for key in fallbacks if self.sources[key] is not None), None)
-        if key is not None and (source := self.sources[key]) is not None:
-            prompts = self.load_prompts(source, f"data.init_args.{key}")
-            scored = stage != "predict"
-            self.prompts[split] = (
-                self.with_readable_answers(prompts, source, f"data.init_args.{key}") if scored else prompts
-            )
-            self.loaders[split] = FilledLoader(1, NOTHING_SAMPLED)
-        elif stage != "fit":
-            raise UserError(f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give a path and its columns.")
+        chosen = {key: source for key, source in self.sources.items() if key.split("/")[0] == split and source}
+        if not chosen and stage != "fit":
+            if self.sources["val"] is None:
+                example = "{my_benchmark: {path: ...}}" if split == "test" else "{path: ...}"
+                raise UserError(
+                    f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give them as {split}: {example}."
+                )
+            chosen = {"test/val" if split == "test" else split: self.sources["val"]}
+        self.sources |= chosen
+        for key, source in chosen.items():
+            self.prompts[key] = self.load_prompts(source, yaml_key(key), scored=split != "predict")
+            self.loaders[key] = LazyLoader(self.parts(self.prompts[key]), functools.partial(self.answer, key))
         if stage != "predict":
             self.check_reward()
 
@@ -109,7 +128,7 @@ class PromptData(L.LightningDataModule):
                 " data smaller instead."
             )
 
-    def load_prompts(self, source: Source, key: str) -> list[Prompt]:
+    def load_prompts(self, source: Source, key: str, scored: bool = True) -> list[Prompt]:
         """Load, tokenise and filter the prompts of a source."""
         module = self.trainer.lightning_module
         prompts = load_prompts(source, key, module.tokenizer, self.template, self.chat_template)
@@ -124,7 +143,7 @@ class PromptData(L.LightningDataModule):
             rank_zero_info(
                 f"{key}: left out {len(prompts) - len(kept)} of {len(prompts)} prompts, longer than {limit} tokens"
             )
-        return kept
+        return self.with_readable_answers(kept, source, key) if scored else kept
 
     def with_readable_answers(self, prompts: list[Prompt], source: Source, key: str) -> list[Prompt]:
         """The prompts whose gold answer the reward can read; no completion of another could be right."""
@@ -170,17 +189,18 @@ class PromptData(L.LightningDataModule):
             The longest prompt and completion together, in tokens.
         """
         longest = 0
-        for split, prompts in self.prompts.items():
+        for key, prompts in self.prompts.items():
             prompt = max(prompts, key=lambda prompt: len(prompt.token_ids))
-            trains = split == "train"
+            trains = key == "train"
             length = len(prompt.token_ids) + (rollout if trains else evaluation)
             longest = max(longest, length)
             if length > context:
-                key = "max_tokens" if trains or rollout == evaluation else "evaluation.max_tokens"
+                setting = "max_tokens" if trains or rollout == evaluation else "evaluation.max_tokens"
                 raise UserError(
-                    f"rollout.init_args.{key}: {length - len(prompt.token_ids)} tokens of completion and the"
-                    f" {len(prompt.token_ids)} of the longest prompt of data.init_args.{split} are beyond the model's"
-                    f" context of {context}. Lower it, or leave long prompts out with data.init_args.max_prompt_tokens."
+                    f"rollout.init_args.{setting}: {length - len(prompt.token_ids)} tokens of completion and the"
+                    f" {len(prompt.token_ids)} of the longest prompt of {yaml_key(key)} (row {prompt.row} of"
+                    f" {self.sources[key].path!r}) are beyond the model's context of {context}. Lower it, or leave long"
+                    " prompts out with data.init_args.max_prompt_tokens."
                 )
         return longest
 
@@ -230,6 +250,11 @@ class PromptData(L.LightningDataModule):
             "tokens": float(sum(s.num_tokens for s in self.samples)),
         }
 
+    @property
+    def reward_name(self) -> str:
+        """Of the function or the class."""
+        return str(getattr(self.reward, "__qualname__", type(self.reward).__qualname__))
+
     def score_samples(self, samples: list[Sample]) -> None:
         """Fill in the samples' rewards.
 
@@ -238,7 +263,7 @@ class PromptData(L.LightningDataModule):
         """
         if not samples:
             return
-        name = getattr(self.reward, "__qualname__", type(self.reward).__qualname__)
+        name = self.reward_name
         try:
             (scores,) = resolved([self.reward(samples)])
             rewards = list(scores)
@@ -272,23 +297,60 @@ class PromptData(L.LightningDataModule):
         """Micro-batches of the rollouts that are about to be trained on; none where nobody sampled."""
         return []
 
-    def collect_eval(self, engine: Engine, sampling: Sampling, split: str) -> None:
-        """Sample this rank's share of the held-out prompts and fill the loader that is read next."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        prompts = dict(list(enumerate(self.prompts[split]))[rank::world])
-        groups, _ = self.sample(engine, sampling, split, 0, prompts, self.samples_per_prompt, score=split != "predict")
-        rewards = torch.tensor([group.rewards for group in groups]).reshape(len(groups), self.samples_per_prompt)
-        self.loaders[split].fill([rewards])
+    def reward_parts(self) -> dict[str, float]:
+        """Means of what the reward had to say beside the rewards, over all processes' samples that have it."""
+        mine: dict[str, list[float]] = {}
+        for sample in self.samples:
+            for name, value in sample.parts.items():
+                mine.setdefault(f"reward_{name}", []).append(value)
+        totals: dict[str, tuple[float, int]] = {}
+        for part in gather_objects({name: (sum(v), len(v)) for name, v in mine.items()}, self.trainer.world_size):
+            for name, (total, count) in part.items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = before[0] + total, before[1] + count
+        return {name: total / count for name, (total, count) in sorted(totals.items())}
 
-    def eval_loader(self, split: str) -> FilledLoader[Tensor] | list[Any]:
-        """One item per pass: this rank's rewards ``[P, n]``."""
-        return self.loaders.get(split, [])
+    def parts(self, prompts: list[Prompt]) -> list[dict[int, Prompt]]:
+        """Held-out prompts by their place, this rank's share, in parts that are answered one after the other."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        size, placed = world * max(1, COMPLETIONS_AT_ONCE // self.samples_per_prompt), list(enumerate(prompts))
+        return [dict(placed[i : i + size][rank::world]) for i in range(0, len(placed), size)]
+
+    def begin(self, engine: Engine, sampling: Sampling) -> None:
+        """Take the engine that answers held-out prompts from now on."""
+        self.engine, self.samples = (engine, sampling), []
+
+    def answer(self, key: str, prompts: dict[int, Prompt]) -> Answers:
+        """Have the engine answer those of the prompts which it had not before an interruption."""
+        if self.engine is None:
+            raise UserError(NOTHING_SAMPLED)
+        split, n, before = key.split("/")[0], self.samples_per_prompt, self.samples
+        answers = {place: self.answered[key][place] for place in prompts if place in self.answered.get(key, {})}
+        missing = {place: prompt for place, prompt in prompts.items() if place not in answers}
+        self.sample(*self.engine, split, 0, missing, n, score=split != "predict")
+        answers |= {place: self.samples[i * n : (i + 1) * n] for i, place in enumerate(missing)}
+        groups = [answers[place] for place in prompts]
+        self.samples = before + [sample for group in groups for sample in group]
+        return Answers(list(prompts), groups)
+
+    def eval_loaders(self, split: str) -> list[Any]:
+        """The loaders of a split, several of ``test``; each item is an :class:`~lit_grpo.data.types.Answers`."""
+        return [loader for key, loader in self.loaders.items() if key.split("/")[0] == split]
 
     def val_dataloader(self) -> Any:
-        return self.eval_loader("val")
+        return self.eval_loaders("val")
 
     def test_dataloader(self) -> Any:
-        return self.eval_loader("test")
+        return self.eval_loaders("test")
 
     def predict_dataloader(self) -> Any:
-        return self.eval_loader("predict")
+        return self.eval_loaders("predict")
+
+
+def yaml_key(key: str) -> str:
+    """Where in YAML the prompts of a key of ``PromptData.prompts`` come from.
+
+    >>> yaml_key("test/math_500")
+    'data.init_args.test.math_500'
+    """
+    return "data.init_args." + key.replace("/", ".")

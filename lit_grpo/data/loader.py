@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from lit_grpo.errors import UserError
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class FilledLoader(Generic[T]):
@@ -40,3 +41,21 @@ class FilledLoader(Generic[T]):
             raise UserError(self.hint)
         items, self.items = self.items, None
         yield from items
+
+
+class LazyLoader(Generic[T, U]):
+    """Yields what a function makes of each part, when it is asked for.
+
+    Args:
+        parts: equally many on every rank.
+        make: is called once for each part of a pass.
+    """
+
+    def __init__(self, parts: list[T], make: Callable[[T], U]) -> None:
+        self.parts, self.make = parts, make
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[U]:
+        return map(self.make, self.parts)

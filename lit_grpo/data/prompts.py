@@ -43,6 +43,9 @@ class Source:
     """What of that column is the answer: all of it, a solution's last ``\\boxed{}`` (MATH), or what follows the last
     ``####`` (GSM8K)."""
 
+    id: str | None = None
+    """Column of a name for each row, by which results are kept; the row's number if not given."""
+
     tolerance: str | None = None
     """Column of the number by which an answer may be off (OlympiadBench's ``error``); empty cells are 0."""
 
@@ -64,6 +67,9 @@ class Prompt:
     answer: str
     row: int = 0
     """Its place in the source."""
+
+    id: str = ""
+    """Its name in results."""
 
     tolerance: float = 0.0
     """By which a number may differ from the gold answer."""
@@ -119,7 +125,7 @@ def open_data(source: Source, key: str) -> Any:
 
 def source_columns(source: Any) -> list[str]:
     """The columns that a source names."""
-    names = (getattr(source, name, None) for name in ("prompt", "answer"))
+    names = (getattr(source, name, None) for name in ("prompt", "answer", "id"))
     return [name for name in names if name]
 
 
@@ -265,16 +271,20 @@ def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_t
         UserError: as :func:`open_data`, :func:`checked_rows`, :func:`check_templates` and :func:`encode_prompt`.
     """
     check_templates(template, chat_template, tokenizer)
-    columns = [column for column in (source.prompt, source.answer) if column]
-    optional = [source.tolerance] if source.tolerance else []
-    prompts, seen = [], set()
+    columns, optional = source_columns(source), [source.tolerance] if source.tolerance else []
+    prompts, seen, ids = [], set(), dict[str, int]()
     for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key, optional)):
         where = f"{key}.prompt: row {i} of {source.path!r}, column {source.prompt!r},"
         text, token_ids = encode_prompt(row[source.prompt], where, tokenizer, template, chat_template)
         if source.deduplicate and text in seen:
             continue
         seen.add(text)
-        prompt = Prompt(text, token_ids, "", i)
+        prompt = Prompt(text, token_ids, "", i, str(row[source.id]) if source.id else str(i))
+        if (first := ids.setdefault(prompt.id, i)) != i:
+            raise UserError(
+                f"{key}.id: rows {first} and {i} of {source.path!r} both have {prompt.id!r} in column {source.id!r}."
+                " Mend or drop one, or name another column."
+            )
         if source.answer:
             where = f"{key}.answer: row {i} of {source.path!r}, column {source.answer!r},"
             prompt.answer = gold_answer(row[source.answer], source.read_answer, where)

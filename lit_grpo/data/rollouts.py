@@ -59,6 +59,7 @@ class RolloutData(PromptData):
             if value < 1:
                 raise UserError(f"data.init_args.{key}: expected a whole number >= 1, got {value}.")
         self.train, self.prompts_per_phase = train, prompts_per_phase
+        self.sources["train"] = train
         self.group_size, self.updates_per_phase = group_size, updates_per_phase
         least = prompts_per_phase * group_size
         self.resample_ties, self.max_rollouts = resample_ties, 8 * least if max_rollouts is None else max_rollouts
@@ -73,8 +74,7 @@ class RolloutData(PromptData):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_sizes()
-            prompts = self.load_prompts(self.train, "data.init_args.train")
-            self.prompts["train"] = self.with_readable_answers(prompts, self.train, "data.init_args.train")
+            self.prompts["train"] = self.load_prompts(self.train, "data.init_args.train")
             batches = self.updates_per_phase * self.trainer.accumulate_grad_batches
             self.loaders["train"] = FilledLoader(batches, NOTHING_SAMPLED)
         super().setup(stage)
@@ -219,19 +219,6 @@ class RolloutData(PromptData):
             "truncated_share": sum(s.truncated for s in self.samples) / len(self.samples),
             **self.reward_parts(),
         }
-
-    def reward_parts(self) -> dict[str, float]:
-        """Means of what the reward had to say beside the rewards, over all processes' samples that have it."""
-        mine: dict[str, list[float]] = {}
-        for sample in self.samples:
-            for name, value in sample.parts.items():
-                mine.setdefault(f"reward_{name}", []).append(value)
-        totals: dict[str, tuple[float, int]] = {}
-        for part in gather_objects({name: (sum(v), len(v)) for name, v in mine.items()}, self.trainer.world_size):
-            for name, (total, count) in part.items():
-                before = totals.get(name, (0.0, 0))
-                totals[name] = before[0] + total, before[1] + count
-        return {name: total / count for name, (total, count) in sorted(totals.items())}
 
     def sampled_batches(self) -> list[Batch]:
         return self.loaders["train"].items or []

@@ -73,6 +73,21 @@ class Sample:
 
 
 @dataclass
+class Answers:
+    """Held-out prompts with their completions: one batch of validation, test or predict."""
+
+    places: list[int]
+    """Of the prompts in their set."""
+
+    samples: list[list[Sample]]
+    """Of each prompt, equally many."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Answers:
+        """Itself, text has no device; Lightning calls this."""
+        return self
+
+
+@dataclass
 class Batch:
     """N rows, right-padded to T tokens: one micro-batch.
 

@@ -98,9 +98,15 @@ class Deadline:
         )
 
     def end_process(self) -> None:
-        print(f"{self.message()} A call into it does not return, so this process ends. It is at:", file=sys.stderr)
-        faulthandler.dump_traceback()
-        os._exit(1)
+        said = [f"The engine did not finish within {self.seconds:g} s (rollout.init_args.timeout)."]
+        asking = threading.Thread(target=lambda: said.append(self.message()), daemon=True)
+        asking.start()
+        asking.join(10)  # what it asks may hang, or fail, as the engine does
+        try:
+            print(f"{said[-1]} A call into it does not return, so this process ends. It is at:", file=sys.stderr)
+            faulthandler.dump_traceback()
+        finally:
+            os._exit(1)
 
 
 class Engine(ABC):
@@ -124,7 +130,8 @@ class Engine(ABC):
             n: completions per prompt.
             sampling: how to draw them.
             seeds: one per prompt; sample j of prompt i is drawn with seed ``seeds[i] + j``, so that what is drawn does
-                not depend on which other prompts share the call.
+                not depend on which other prompts share the call. At temperature 0 all samples of a prompt are the
+                same one.
 
         Returns:
             For each prompt, in order, n completions with the log-probs of their tokens *after* temperature and
@@ -149,7 +156,9 @@ class Engine(ABC):
             return []
         with Deadline(self.timeout) as deadline:
             deadline.what = lambda: f"reading prompts, the first {prompts[0]}"
-            return self._generate(prompts, n, sampling, seeds, deadline)
+            if sampling.temperature > 0:
+                return self._generate(prompts, n, sampling, seeds, deadline)
+            return [group * n for group in self._generate(prompts, 1, sampling, seeds, deadline)]
 
     @abstractmethod
     def _generate(

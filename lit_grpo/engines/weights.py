@@ -13,9 +13,12 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from lit_grpo.errors import UserError
 
+WHOLE_COPY = re.compile(r"(.+)\.(?:modules_to_save\.([^.]+)|original_module)\.")
+"""The two forms of a module that ``peft`` trains as a whole."""
+
 WRAPPERS = re.compile(
     r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-    r"|base_model\.model\.|base_layer\.|modules_to_save\.[^.]+\."
+    r"|base_model\.model\.|base_layer\.|modules_to_save\.[^.]+\.|original_module\."
 )
 """What strategies, compilation and adapters put into names."""
 
@@ -38,24 +41,27 @@ def full_weights(policy: nn.Module, bucket_mib: int = 512) -> Iterator[tuple[str
 
     Args:
         policy: a :class:`~lit_grpo.policy.Policy`, or a language model alone.
-        bucket_mib: gathered weights that exist at once, in MiB; at least one tensor.
+        bucket_mib: most gathered weights that exist at once, in MiB; a tensor that is larger comes alone.
     """
     adapted = {canonical_name(name): m for name, m in policy.named_modules() if hasattr(m, "get_delta_weight")}
+    copied = {canonical_name(name): m for name, m in policy.named_modules() if hasattr(m, "modules_to_save")}
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for stored_name, tensor in stored_tensors(policy):
-        if ".lora_" in stored_name or ".original_module." in stored_name:
+        copy = WHOLE_COPY.match(stored_name)
+        if ".lora_" in stored_name or (copy and copy[2] != copy_in_use(copied[canonical_name(copy[1])])):
             continue
         name = canonical_name(stored_name)
         if name.endswith(".weight") and (layer := adapted.get(name.removesuffix(".weight"))):
             tensor = merged(layer, tensor)
-        size += tensor.numel() * tensor.element_size()
+        needed = tensor.numel() * tensor.element_size()
+        if bucket and size + needed > bucket_mib * 2**20:
+            yield from arrived(bucket)
+            bucket, size = [], 0
         if isinstance(tensor, DTensor):
             tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=True).to_local()
         bucket.append((name, tensor))
-        if size >= bucket_mib * 2**20:
-            yield from arrived(bucket)
-            bucket, size = [], 0
+        size += needed
     yield from arrived(bucket)
 
 
@@ -77,16 +83,25 @@ def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield name, parameter.detach().clone()
 
 
+def copy_in_use(module: Any) -> str | None:
+    """Which copy ``peft`` runs of a module that it trains as a whole; None for the one from before."""
+    return None if module.disable_adapters else module.active_adapters[0]
+
+
 def merged(module: Any, weight: Tensor) -> Tensor:
-    """A weight with its active low-rank adapters added.
+    """A weight with those of its low-rank adapters that are switched on.
 
     Raises:
-        UserError: if they are weight-decomposed (DoRA), which have more to them.
+        UserError: if one is weight-decomposed (DoRA) or has a bias, and so is more than a change of the weight.
     """
-    if module.merged or module.disable_adapters:
-        return weight
-    for adapter in module.active_adapters:
-        if getattr(module, "use_dora", {}).get(adapter):
-            raise UserError("model: DoRA adapters cannot be merged for the engine. Use plain LoRA (use_dora: false).")
-        weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
+    sign, adapters = (1, module.active_adapters) if not module.disable_adapters else (1, [])
+    if module.merged:  # the weight holds them already
+        sign, adapters = -1, module.merged_adapters if module.disable_adapters else []
+    for adapter in (adapter for adapter in adapters if adapter in module.r):
+        if module.use_dora.get(adapter) or module.lora_bias.get(adapter):
+            raise UserError(
+                "model: DoRA adapters, or those with a bias, cannot be merged for the engine. Use plain LoRA (use_dora"
+                " and lora_bias: false)."
+            )
+        weight = weight + sign * module.get_delta_weight(adapter).to(weight.dtype)
     return weight

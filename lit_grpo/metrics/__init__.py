@@ -12,6 +12,7 @@ from lit_grpo.metrics.functional import (
     pass_at_k,
     pass_hat_k,
 )
+from lit_grpo.metrics.scores import Scores
 
 __all__ = [
     "BestAtN",
@@ -21,6 +22,7 @@ __all__ = [
     "MeanAtK",
     "PassAtK",
     "PassHatK",
+    "Scores",
     "best_at_n",
     "maj_at_k",
     "mean_at_k",
