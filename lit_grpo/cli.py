@@ -67,11 +67,9 @@ class Parser(LightningArgumentParser):
                 f"\nRollouts are drawn from the whole distribution: with {cut[1]} they would not be the policy's own."
                 f" Held-out prompts may have it: rollout.init_args.evaluation.{cut[1]}."
             )
-        if 'Parser key "test"' in message:
-            message += (
-                "\ndata.init_args.test: benchmarks have names; give them as {my_benchmark: {path: ...}}, or as"
-                " --data.test.my_benchmark.path=..."
-            )
+        named = "data.init_args.test: benchmarks have names; give them as {my_benchmark: {path: ...}}"
+        if 'Parser key "test"' in message and named not in message:
+            message += f"\n{named}, on the command line as --data.test='{{my_benchmark: {{path: ...}}}}'."
         noise = r"\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
         raise UserError("\n".join(line for line in message.splitlines() if not re.match(noise, line))) from ex
 

@@ -60,7 +60,8 @@ class TestPhases:
         assert len(set(texts[:8])) == len(set(texts[8:16])) == 8
 
     def test_ranks_share_a_phase_out_between_them(self, model: str, few_prompts: str, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("lit_grpo.data.rollouts.gather_objects", lambda mine, world: [mine])
+        for module in ("base", "rollouts"):
+            monkeypatch.setattr(f"lit_grpo.data.{module}.gather_objects", lambda mine, world: [mine])
         engine, sampling = ScriptedEngine(64), Sampling(max_tokens=12)
         whole = rollout_data(model, few_prompts)
         whole.collect(engine, sampling, phase=3)
@@ -147,6 +148,7 @@ class TestPrompts:
         path = tmp_path / "data.jsonl"
         path.write_text(json.dumps({"prompt": "1+2", "answer": "3"}))
         prompt = load_prompts(Source(str(path)), "data.train", tokenizer, "0+{prompt}", chat_template=True)[0]
+        assert prompt.messages == [{"role": "user", "content": "0+1+2"}]
         assert prompt.text == "(0+1+2)="
         path.write_text(
             json.dumps(

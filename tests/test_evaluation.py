@@ -296,3 +296,31 @@ def test_mistakes_are_named_before_anything_is_sampled(
     said = capsys.readouterr().err
     assert re.search(message, said), said
     assert not asked
+
+
+@pytest.mark.vllm
+def test_vllm_evaluates_too(command: list[str], tmp_path: Path):
+    """Greedily, where both engines must find the same."""
+    greedy = "--rollout.evaluation={max_tokens: 3, temperature: 0}"
+    main([*command, greedy, f"--run_dir={tmp_path / 'hf'}"])
+    main([*command, "--rollout=VLLMRollout", greedy, f"--run_dir={tmp_path / 'vllm'}"])
+    for name in NAMES:
+        assert rows_of(tmp_path / "hf", name) == rows_of(tmp_path / "vllm", name)
+    settings = json.loads((tmp_path / "vllm" / "results" / "settings.json").read_text())
+    assert settings["engine"] == "VLLMRollout"
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    sample = PromptData.sample
+
+    def interrupted(self: PromptData, *arguments: Any, **options: Any) -> Any:
+        if "-" in next(iter(arguments[4].values())).text:  # the last benchmark
+            raise KeyboardInterrupt
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(PromptData, "sample", interrupted)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        main([*command, f"--run_dir={tmp_path}"])
+    assert f"To go on, repeat the command with --run_dir {tmp_path}" in caplog.text

@@ -153,6 +153,15 @@ def test_missing_and_unfit_weights_name_the_key(save: Callable[..., str]):
         RewardModel(str(folder))(samples())
 
 
+def test_messages_of_the_policy_s_chat_stand_in_its_own_template(save: Callable[..., str]):
+    """Not the text that the policy's template made of them."""
+    template = "{% for m in messages %}{{ '*' if m['role'] == 'user' else '-' }}{{ m['content'] }}{% endfor %}<eos>"
+    folder = save(template)
+    messages = [{"role": "system", "content": "12"}, {"role": "user", "content": "3+4="}]
+    found = RewardModel(folder, chat_template=True)([Sample("<eos>3+4=<eos>", "7", "7", 1, False, messages=messages)])
+    assert found == pytest.approx(one_by_one(folder, ["-12*3+4=-7<eos>"]), abs=1e-5)
+
+
 def test_missing_tokenizer_and_chat_template_name_the_key(save: Callable[..., str]):
     folder = Path(save())
     with pytest.raises(UserError, match=rf"{KEY}\.chat_template: is true, but .* has no chat template"):

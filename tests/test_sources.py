@@ -183,3 +183,50 @@ def test_numbers_and_lists():
     assert gold_answer(27, "plain", "") == "27"
     assert gold_answer(0.25, "plain", "") == "0.25"
     assert gold_answer([3.0], "plain", "") == "3"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_streamed_rows_are_the_same(form: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    asked = []
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **options: asked.append(options["streaming"]) or load_dataset(*a, **options),
+    )
+    rows = [{"prompt": f"{i}+1=", "answer": [str(i + 1)], "error": None} for i in range(5)]
+    path = write(tmp_path / f"rows.{form}", rows)
+    whole, streamed = (load(model, path, streaming=streaming, tolerance="error") for streaming in (False, True))
+    assert asked == [False, True]
+    assert whole == streamed
+    assert len(whole) == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"answer": 5}, {"answer": "six"}], None),  # numbers and text are both answers
+        ([{"answer": "5"}, {"answer": {"value": 5}}], r"row 1 of .* holds a dict in column 'answer'"),
+        ([{"prompt": "1+1="}, {"prompt": 7}], r"train.prompt: row 1 of .* holds 7, expected text or a list of chat"),
+        ([{}, {"answer": None}], r"row 1 of .* has nothing in column 'answer'. Fill or drop the row"),
+    ],
+)
+def test_a_column_of_several_types(rows: list[dict[str, Any]], message: str | None, model: str, tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "answer": "2"} | row for row in rows])
+    if message is None:
+        assert [prompt.answer for prompt in load(model, path)] == ["5", "six"]
+    else:
+        with pytest.raises(UserError, match=message):
+            load(model, path)
+
+
+def test_ids_are_names(model: str, tmp_path: Path):
+    rows = [{"prompt": "1+1=", "answer": "2", "n": 7}, {"prompt": "1+1=", "answer": "2", "n": 7}]
+    rows.append({"prompt": "1+2=", "answer": "3", "n": 8})
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"train.id: rows 0 and 1 of .* both have '7' in column 'n'"):
+        load(model, path, id="n")
+    assert [prompt.id for prompt in load(model, path, id="n", deduplicate=True)] == ["7", "8"]
+    assert [prompt.id for prompt in load(model, path)] == ["0", "1", "2"]

@@ -166,7 +166,7 @@ class PromptData(L.LightningDataModule):
     def check_reward(self) -> None:
         """Call the reward on two gold answers before any model is loaded, so that its mistakes cost nothing."""
         prompts = next(iter(self.prompts.values()), [])[:2]
-        samples = [Sample(p.text, p.answer, p.answer, num_tokens=1, truncated=False) for p in prompts]
+        samples = [Sample(p.text, p.answer, p.answer, 1, False, p.tolerance, p.messages) for p in prompts]
         self.score_samples(samples)
         threshold = self.trainer.lightning_module.correct_at
         for sample in samples:
@@ -233,7 +233,15 @@ class PromptData(L.LightningDataModule):
 
         texts = iter(tokenizer.batch_decode([c.token_ids for cs in answers for c in cs], skip_special_tokens=True))
         self.samples = [
-            Sample(prompt.text, next(texts), prompt.answer, len(c.token_ids), c.truncated, prompt.tolerance)
+            Sample(
+                prompt.text,
+                next(texts),
+                prompt.answer,
+                len(c.token_ids),
+                c.truncated,
+                prompt.tolerance,
+                prompt.messages,
+            )
             for prompt, completions in zip(prompts.values(), answers, strict=True)
             for c in completions
         ]

@@ -116,7 +116,7 @@ class PreferenceData(PromptData):
             UserError: if the row does not fit the settings or the chat template.
         """
         tokenizer, where = self.trainer.lightning_module.tokenizer, example.where
-        begin, ids = encode_prompt(example.prompt, where, tokenizer, self.template, self.chat_template)
+        begin, ids, _ = encode_prompt(example.prompt, where, tokenizer, self.template, self.chat_template)
         if not self.chat_template:
             if any(isinstance(completion, list) for completion in example.completions):
                 raise UserError(f"{where} has chat messages as completions. Set data.init_args.chat_template to true.")

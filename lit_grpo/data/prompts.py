@@ -57,6 +57,9 @@ class Source:
 
     sample_seed: int = 0
 
+    streaming: bool = False
+    """Whether rows are read as they come, without a copy on disk."""
+
 
 @dataclass
 class Prompt:
@@ -65,6 +68,9 @@ class Prompt:
     text: str
     token_ids: list[int]
     answer: str
+    messages: list[dict[str, str]] | None = None
+    """The chat messages that the text was made of, if it was."""
+
     row: int = 0
     """Its place in the source."""
 
@@ -99,9 +105,13 @@ def open_data(source: Source, key: str) -> Any:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 data = Dataset.from_list(list(csv.DictReader(file)))
         elif path.is_file():
-            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split)
+            data = load_dataset(
+                FORMATS[path.suffix], data_files=str(path), split=source.split, streaming=source.streaming
+            )
         else:
-            data = load_dataset(source.path, source.name, split=source.split)
+            data = load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
+        if source.streaming:
+            data = Dataset.from_list(list(data))
     except Exception as error:  # the library raises many kinds, from its own to pyarrow's and the network's
         if "corresponds to no data" in str(error):
             raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.") from error
@@ -181,8 +191,8 @@ def check_content(content: Any, where: str) -> None:
 
 def encode_prompt(
     content: Any, where: str, tokenizer: Any, template: str, chat_template: bool
-) -> tuple[str, list[int]]:
-    """The text of a prompt and its token ids.
+) -> tuple[str, list[int], list[dict[str, str]] | None]:
+    """The text of a prompt, its token ids, and the chat messages that the text was made of.
 
     Args:
         content: text, put into the template; or a list of chat messages.
@@ -199,13 +209,12 @@ def encode_prompt(
         raise UserError(f"{where} holds chat messages. Set data.init_args.chat_template to true.")
     if isinstance(content, str):
         content = template.replace("{prompt}", content)
-    text = content
-    if chat_template:
-        text = render_chat(as_messages(content, "user"), where, tokenizer, add_generation_prompt=True)
+    messages = as_messages(content, "user") if chat_template else None
+    text = render_chat(messages, where, tokenizer, add_generation_prompt=True) if messages else content
     token_ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
     if not token_ids:
         raise UserError(f"{where} has no tokens: {text!r}.")
-    return text, token_ids
+    return text, token_ids, messages
 
 
 def as_messages(content: Any, role: str) -> list[dict[str, str]]:
@@ -275,11 +284,11 @@ def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_t
     prompts, seen, ids = [], set(), dict[str, int]()
     for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key, optional)):
         where = f"{key}.prompt: row {i} of {source.path!r}, column {source.prompt!r},"
-        text, token_ids = encode_prompt(row[source.prompt], where, tokenizer, template, chat_template)
+        text, token_ids, messages = encode_prompt(row[source.prompt], where, tokenizer, template, chat_template)
         if source.deduplicate and text in seen:
             continue
         seen.add(text)
-        prompt = Prompt(text, token_ids, "", i, str(row[source.id]) if source.id else str(i))
+        prompt = Prompt(text, token_ids, "", messages, i, str(row[source.id]) if source.id else str(i))
         if (first := ids.setdefault(prompt.id, i)) != i:
             raise UserError(
                 f"{key}.id: rows {first} and {i} of {source.path!r} both have {prompt.id!r} in column {source.id!r}."

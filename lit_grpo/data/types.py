@@ -62,6 +62,9 @@ class Sample:
     tolerance: float = 0.0
     """By which a number may differ from the gold answer."""
 
+    messages: list[dict[str, str]] | None = None
+    """The prompt as chat messages, where the policy's chat template made its text."""
+
     reward: float | None = None
     """Filled in after scoring."""
 

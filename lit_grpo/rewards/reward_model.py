@@ -115,7 +115,10 @@ class RewardModel:
         if self.chat_template:
             texts = [
                 self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": s.prompt}, {"role": "assistant", "content": s.completion}],
+                    [
+                        *(s.messages or [{"role": "user", "content": s.prompt}]),
+                        {"role": "assistant", "content": s.completion},
+                    ],
                     tokenize=False,
                 )
                 for s in samples
