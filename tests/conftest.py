@@ -14,7 +14,7 @@ import torch
 
 from lit_grpo.quickstart import make_task
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two processes of pytest share two cores
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 """Of processes that run a test file as a script."""

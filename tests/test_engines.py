@@ -253,7 +253,7 @@ def test_sleep_and_wake_change_nothing(engine: Engine, policy: Policy):
 
 
 def test_threads_of_the_trainer_are_left_alone(engine: Engine):
-    assert torch.get_num_threads() == 2  # as conftest set them
+    assert torch.get_num_threads() == 1  # as conftest set them
 
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
@@ -352,14 +352,14 @@ class TestVLLMFailures:
 
         def start(**_: object) -> None:
             torch.manual_seed(99)
-            torch.set_num_threads(1)
+            torch.set_num_threads(2)
 
         monkeypatch.setattr(vllm, "LLM", start)
         torch.manual_seed(3)
         expected = torch.rand(4)
         torch.manual_seed(3)
         VLLMEngine(model, [1], context=64)
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
         assert torch.equal(torch.rand(4), expected)
 
     def test_a_model_it_does_not_know(self, tmp_path: Path):
