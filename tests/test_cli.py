@@ -216,7 +216,7 @@ class TestFit:
                 "predict",
                 f"--config={run / 'config.yaml'}",
                 f"--run_dir={tmp_path / 'run'}",
-                f"--data.predict={{path: {tmp_path / 'questions.csv'}, prompt: question, answer: null}}",
+                f"--data.predict={{path: {tmp_path / 'questions.csv'}, prompt: question}}",
             ]
         )
         samples = [
@@ -352,6 +352,12 @@ def test_a_mistake_does_not_bar_the_folder_to_the_corrected_command(fit: list[st
         main([*fit, val, "--data.train.answer=gold"])
     main([*fit, val, "--trainer.max_epochs=1"])
     assert (tmp_path / "run" / "pretrained").is_dir()
+
+
+def test_null_on_the_command_line_is_no_column(fit: list[str], val: str, tmp_path: Path):
+    main(["validate", *fit[1:], val, "--data.val.answer=null", "--data.reward=test_cli.even"])
+    lines = next((tmp_path / "run" / "samples").glob("val-*.jsonl")).read_text().splitlines()
+    assert {json.loads(line)["answer"] for line in lines} == {""}
 
 
 @pytest.mark.parametrize(

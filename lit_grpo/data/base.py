@@ -6,6 +6,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -44,7 +45,7 @@ class PromptData(L.LightningDataModule):
     Args:
         val: prompts of validation.
         test: benchmarks of ``test``, by name; the prompts of validation if not given.
-        predict: prompts of ``predict``; those of validation if not given.
+        predict: prompts of ``predict``, where no answer is needed; those of validation if not given.
         reward: scores samples, see ``RewardFn``.
         samples_per_prompt: completions of each held-out prompt, the k of Mean@k.
         template: text in which ``{prompt}`` is replaced by the row's text, or the name of one: ``none``, ``boxed``,
@@ -108,6 +109,8 @@ class PromptData(L.LightningDataModule):
                     f"data.init_args.{split}: `lit-grpo {stage}` needs prompts; give them as {split}: {example}."
                 )
             chosen = {"test/val" if split == "test" else split: self.sources["val"]}
+        if split == "predict":
+            chosen = {key: replace(source, answer=None) for key, source in chosen.items()}
         self.sources |= chosen
         for key, source in chosen.items():
             self.prompts[key] = self.load_prompts(source, yaml_key(key), scored=split != "predict")

@@ -60,6 +60,11 @@ class Source:
     streaming: bool = False
     """Whether rows are read as they come, without a copy on disk."""
 
+    def __post_init__(self) -> None:
+        for name in ("name", "answer", "id", "tolerance"):
+            if getattr(self, name) == "None":  # what jsonargparse makes of --data.train.answer=null
+                setattr(self, name, None)
+
 
 @dataclass
 class Prompt:
