@@ -95,7 +95,7 @@ class PhaseProgress(ProgressBar):
             print(f"{self.unit} {done}  {facts}", file=sys.stderr, flush=True)
         elif done - self.printed >= max(1, self.total // 20) or done in (self.first + 1, self.total):
             self.printed = done
-            left = (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
+            left = (time.perf_counter() - self.started) / max(1, done - self.first) * (self.total - done)
             print(f"{self.unit} {done}/{self.total}  {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def explain(self, metrics: dict[str, float]) -> None:
@@ -127,6 +127,8 @@ class PhaseProgress(ProgressBar):
         self.sets = {key: prompts for key, prompts in trainer.datamodule.prompts.items() if key.split("/")[0] == split}
         self.start("problem", 0, sum(map(len, self.sets.values())))
         self.done = 0
+        if self.bar is not None and self.bar.disable and not self.hidden:
+            print(f"answering {self.total} problems", file=sys.stderr, flush=True)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Answers, *_: Any
@@ -154,10 +156,14 @@ class PhaseProgress(ProgressBar):
         """Say what this process, and so about every one, has got done."""
         if self.bar is None or self.hidden or self.total is None:
             return
+        key = list(self.sets)[index]
         count = min(len(batch.places) * trainer.world_size, self.total - self.done)
-        self.done += count
+        before = trainer.datamodule.answered.get(key, {})
+        restored = sum(place in before for place in batch.places) * trainer.world_size  # which took no time
+        self.done, self.first = self.done + count, min(self.done + count, self.first + restored)
+        self.bar.initial = self.first
         rewards = [s.reward for samples in batch.samples for s in samples if s.reward is not None]
-        facts = list(self.sets)[index].split("/")[-1]
+        facts = key.split("/")[-1]
         facts += f", reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
         self.bar.set_postfix_str(facts, refresh=False)
         self.bar.update(count)

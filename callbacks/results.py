@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import json
+import re
 import shutil
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -50,23 +52,30 @@ class Results(L.Callback):
     what they depend on.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.default_root_dir) / "results"
+        limit = trainer.limit_test_batches
+        if stage == "test" and not (isinstance(limit, float) and limit == 1):
+            raise UserError(
+                f"trainer: limit_test_batches {limit} (fast_dev_run makes it 1) would score a part"
+                " of each benchmark as if it were all. Use `sample` of its source, or a split such as test[:100]."
+            )
+
     def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule
-        self.folder = Path(trainer.default_root_dir) / "results"
         self.names = [key.removeprefix("test/") for key in pl_module.scores]
         self.settings = settings(trainer, pl_module)
         self.check_settings()
         for name in self.names:
-            data.answered[f"test/{name}"] = {
-                row["place"]: samples_of(row) for path in self.files(name) for row in pq.read_table(path).to_pylist()
-            }
+            needed = ["place", "answer", "num_tokens", "truncated", "rewards", "parsed", "parts"]
+            data.answered[f"test/{name}"] = {row["place"]: samples_of(row) for row in self.rows(name, needed)}
         if done := sum(map(len, data.answered.values())):
             rank_zero_info(f"{self.folder} holds the answers to {done} problems; the evaluation goes on from there")
         trainer.strategy.barrier()  # all have looked
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole(self.folder / "settings.json") as path:
-                path.write_text(json.dumps(self.settings, indent=2) + "\n")
+                path.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def check_settings(self) -> None:
         """Refuse to go on with results that something else made.
@@ -77,7 +86,7 @@ class Results(L.Callback):
         record = self.folder / "settings.json"
         if not record.exists():
             return
-        before, now = flat(json.loads(record.read_text())), flat(self.settings)
+        before, now = flat(json.loads(record.read_text(encoding="utf-8"))), flat(self.settings)
         if different := [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
             key = different[0]
             raise UserError(
@@ -85,9 +94,22 @@ class Results(L.Callback):
                 f" {before.get(key)!r}; now it is {now.get(key)!r}. Choose another run_dir, or the same settings."
             )
 
-    def files(self, name: str) -> list[Path]:
-        """What there is of a benchmark: all of it, or parts."""
-        return [*self.folder.glob(f"{name}.parquet"), *sorted((self.folder / "unfinished" / name).glob("*.parquet"))]
+    def rows(self, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """The problems of a benchmark that were answered so far, in the order of their places.
+
+        Raises:
+            UserError: if a file cannot be read.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for path in [*self.folder.glob(f"{name}.parquet"), *(self.folder / "unfinished" / name).glob("*.parquet")]:
+            try:
+                found |= {row["place"]: row for row in pq.read_table(path, columns=columns).to_pylist()}
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(
+                    f"run_dir: cannot read the results in {str(path)!r}: {error}. Remove the file; its problems will"
+                    " be answered again."
+                ) from error
+        return [found[place] for place in sorted(found)]
 
     def on_test_batch_end(
         self,
@@ -128,9 +150,10 @@ class Results(L.Callback):
         scores = {key: float(value) for key, value in trainer.callback_metrics.items()}
         lines = []
         for name in self.names:
-            rows = [row for path in self.files(name) for row in pq.read_table(path).to_pylist()]
+            rows = self.rows(name)
             self.write(self.folder / f"{name}.parquet", rows)
-            lines.append({"benchmark": name, "problems": len(rows), **under(scores, f"test/{name}/"), **lengths(rows)})
+            shutil.rmtree(self.folder / "unfinished" / name, ignore_errors=True)
+            lines.append({"benchmark": name, "problems": len(rows), **under(scores, f"test/{name}/"), **means(rows)})
         shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
         if len(lines) > 1:
             lines.append({"benchmark": "average", **under(scores, "test/")})
@@ -139,22 +162,20 @@ class Results(L.Callback):
     def write_tables(self, lines: list[dict[str, Any]], n: int) -> None:
         """The scores as JSON and CSV, all of them, and as Markdown, the main ones; the last is printed as well."""
         content = {"benchmarks": lines, "settings": self.settings}
-        (self.folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+        (self.folder / "table.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         with open(self.folder / "table.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)))
             writer.writeheader()
             writer.writerows(lines)
-        table = markdown(lines, n)
-        about = self.settings | {
-            key: ", ".join(f"{name} {value}" for name, value in self.settings[key].items())
-            for key in ("sampling", "versions")
-        }
+        table, about = markdown(lines, n), dict(self.settings)
+        for key in ("sampling", "versions"):
+            about[key] = ", ".join(f"{name} {value}" for name, value in about[key].items())
         about["benchmarks"] = ", ".join(
-            f"{name}: {source['path']} ({source['split']})" for name, source in self.settings["benchmarks"].items()
+            f"{name}: {b['path']} ({b['split']})" for name, b in about["benchmarks"].items()
         )
-        listed = "".join(f"- {key}: {value}\n" for key, value in about.items() if key != "template_text")
+        listed = "".join(f"- {key}: {value}\n" for key, value in about.items() if "\n" not in str(value))
         (self.folder / "table.md").write_text(
-            f"{table}\n\nPercent, ± half of the 95 % confidence interval over problems.\n\n{listed}"
+            f"{table}\n\nPercent, ± half of the 95 % confidence interval over problems.\n\n{listed}", encoding="utf-8"
         )
         print(f"\n{table}\n\n{self.folder}/table.md, .csv and .json, and a row for each problem in NAME.parquet")
 
@@ -165,6 +186,7 @@ def settings(trainer: L.Trainer, module: Any) -> dict[str, Any]:
     rollout = next((callback for callback in trainer.callbacks if isinstance(callback, Rollout)), None)
     found = {
         "model": module.model_name,
+        "ckpt_path": trainer.ckpt_path and str(trainer.ckpt_path),
         "weights": fingerprint(module),
         "precision": str(trainer.precision),
         "engine": type(rollout).__name__,
@@ -174,7 +196,7 @@ def settings(trainer: L.Trainer, module: Any) -> dict[str, Any]:
         "template": data.template_name,
         "template_text": data.template,
         "chat_template": module.tokenizer.chat_template if data.chat_template else None,
-        "reward": data.reward_name,
+        "reward": description(data.reward),
         "correct_at": module.correct_at,
         "benchmarks": {key.removeprefix("test/"): benchmark(data, key) for key in module.scores},
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
@@ -192,8 +214,28 @@ def fingerprint(module: Any) -> str:
     """A hash of the policy's weights; all ranks take part."""
     digest = hashlib.sha256()
     for name, weight in full_weights(module.policy):
-        digest.update(f"{name} {torch.hash_tensor(weight).item()}".encode())
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def description(thing: Any) -> Any:
+    """A setting as JSON: classes by their name and what their constructors got, as far as they have kept it.
+
+    >>> from lit_grpo.rewards import LengthPenalty
+    >>> description(LengthPenalty(max_tokens=10, buffer=4))
+    {'class': 'lit_grpo.rewards.shape.LengthPenalty', 'max_tokens': 10, 'buffer': 4}
+    """
+    if thing is None or isinstance(thing, str | int | float):
+        return thing
+    if isinstance(thing, dict):
+        return {str(key): description(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [description(value) for value in thing]
+    if hasattr(thing, "__qualname__"):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    kept = [name for name in inspect.signature(type(thing)).parameters if hasattr(thing, name)]
+    return {"class": description(type(thing))} | {name: description(getattr(thing, name)) for name in kept}
 
 
 def installed(package: str) -> str | None:
@@ -229,16 +271,21 @@ def samples_of(row: dict[str, Any]) -> list[Sample]:
     ]
 
 
-def under(scores: dict[str, float], prefix: str) -> dict[str, float]:
-    """The scores right below a prefix, without it."""
+def under(scores: dict[str, float], prefix: str) -> dict[str, float | None]:
+    """The scores right below a prefix, without it; None where there is no number, as intervals of a single problem."""
     found = {key.removeprefix(prefix): value for key, value in scores.items() if key.startswith(prefix)}
-    return {key: round(value, 6) for key, value in found.items() if "/" not in key}
+    return {key: None if value != value else round(value, 6) for key, value in found.items() if "/" not in key}
 
 
-def lengths(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean tokens of a completion, and the share that was cut off."""
-    tokens, cut = ([value for row in rows for value in row[key]] for key in ("num_tokens", "truncated"))
-    return {"completion_tokens": round(sum(tokens) / len(tokens), 2), "truncated_share": sum(cut) / len(cut)}
+def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean tokens of a completion, the share that was cut off, and the parts of the reward."""
+    values: dict[str, list[float]] = {"completion_tokens": [], "truncated_share": []}
+    for row in rows:
+        values["completion_tokens"] += row["num_tokens"]
+        values["truncated_share"] += row["truncated"]
+        for name, value in (part for parts in row["parts"] for part in parts):
+            values.setdefault(f"reward_{name}", []).append(value)
+    return {name: round(sum(found) / len(found), 6) for name, found in values.items()}
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -255,11 +302,12 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def markdown(lines: list[dict[str, Any]], n: int) -> str:
     """The main scores as a table that is readable as text too."""
-    scores = {f"mean_at_{n}": f"Mean@{n}", f"pass_at_{n}": f"Pass@{n}", f"best_at_{n}": f"Best@{n}"}
-    scores |= {f"maj_at_{n}": f"Maj@{n}"} if any(f"maj_at_{n}" in line for line in lines) else {}
+    k = max(int(found[1]) for key in lines[0] if (found := re.fullmatch(r"pass_at_(\d+)", key)))
+    scores = {f"mean_at_{n}": f"Mean@{n}", f"pass_at_{k}": f"Pass@{k}", f"best_at_{n}": f"Best@{n}"}
+    scores |= {f"maj_at_{n}": f"Maj@{n}"} if f"maj_at_{n}" in lines[0] else {}
     cells = [["benchmark", "problems", *scores.values(), "tokens", "cut off"]]
     for line in lines:
-        values = [f"{100 * line[key]:.2f} ± {100 * line[f'{key}_ci']:.2f}" if key in line else "" for key in scores]
+        values = [percent(line[key], line[f"{key}_ci"]) for key in scores]
         more = (
             [f"{line['completion_tokens']:.0f}", f"{line['truncated_share']:.1%}"] if "problems" in line else ["", ""]
         )
@@ -267,3 +315,8 @@ def markdown(lines: list[dict[str, Any]], n: int) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     head, *body = ["| " + " | ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *body])
+
+
+def percent(share: float, half_width: float | None) -> str:
+    """A score as a cell."""
+    return f"{100 * share:.2f}" + ("" if half_width is None else f" ± {100 * half_width:.2f}")

@@ -150,23 +150,22 @@ class Rollout(L.Callback, ABC):
         trainer.datamodule.begin(engine, self.evaluation)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.end(trainer, pl_module, "val")
+        self.end(trainer)
+        pl_module.log_dict({f"val/{name}": value for name, value in trainer.datamodule.reward_parts().items()})
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             pl_module.log_dict({"val/seconds": self.clock(), "val/rollouts": float(self.rollouts)})
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.end(trainer, pl_module, "test")
+        self.end(trainer)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.end(trainer, pl_module, "predict")
+        self.end(trainer)
 
-    def end(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
-        """Let the engine sleep, and log what the reward had to say beside the scores."""
+    def end(self, trainer: L.Trainer) -> None:
+        """Let the engine sleep."""
         assert self.engine is not None
         self.engine.sleep()
         trainer.datamodule.engine = None
-        if split != "predict":
-            pl_module.log_dict({f"{split}/{name}": value for name, value in trainer.datamodule.reward_parts().items()})
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what Lightning's sanity check found and would forget: the untrained policy, the curve's first point."""

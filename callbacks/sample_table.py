@@ -43,22 +43,34 @@ class SampleTable(L.Callback):
         self.write(trainer, trainer.datamodule.samples, f"val-{trainer.global_step:05d}")
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Answers, *_: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Answers, batch_idx: int, *_: Any
     ) -> None:
-        self.write(trainer, [sample for samples in batch.samples for sample in samples], "predict", append=True)
+        """Write the completions of a part, in the order of the prompts."""
+        prompts = trainer.datamodule.prompts["predict"]
+        mine = dict(zip(batch.places, batch.samples, strict=True))
+        part = {
+            place: samples for share in gather_objects(mine, trainer.world_size) for place, samples in share.items()
+        }
+        if trainer.is_global_zero:
+            rows = [{"id": prompts[place].id} | asdict(sample) for place in sorted(part) for sample in part[place]]
+            self.write_rows(trainer, rows, "predict", "a" if batch_idx else "w")
 
-    def write(self, trainer: L.Trainer, samples: list[Sample], name: str, append: bool = False) -> None:
+    def write(self, trainer: L.Trainer, samples: list[Sample], name: str) -> None:
         """Write the samples of all processes; all must take part."""
         samples = [sample for part in gather_objects(samples, trainer.world_size) for sample in part]
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.jsonl", "a" if append else "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        self.write_rows(trainer, [asdict(sample) for sample in samples], name, "w")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"samples/{name.split('-')[0]}", self.table(samples), trainer.global_step)
+
+    def write_rows(self, trainer: L.Trainer, rows: list[dict[str, Any]], name: str, mode: str) -> None:
+        """Write or append to a file of the run."""
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{name}.jsonl", mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def table(self, samples: list[Sample]) -> str:
         """A Markdown table of the first samples."""

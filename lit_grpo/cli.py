@@ -144,7 +144,7 @@ class CLI(LightningCLI):
         ckpt_path = config.ckpt_path
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")
-        goes_on = self.subcommand == "test" and (self.run_dir / "results").is_dir()  # see Results
+        goes_on = self.subcommand == "test" and (self.run_dir / "results" / "settings.json").exists()  # see Results
         if rank_zero_only.rank == 0 and not goes_on:
             prepare_run_dir(self.run_dir, ckpt_path if self.subcommand == "fit" else None)
 
@@ -165,14 +165,20 @@ class CLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` without the checkpoint that a resumed run began with, so that the file repeats the run."""
+    """Writes ``config.yaml`` without the checkpoint that a resumed run began with, so that the file repeats the run.
+
+    Of an evaluation it is written once that has begun, so that a killed one can be begun again.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "test" and (Path(trainer.default_root_dir) / "config.yaml").exists():
-            return  # of the same evaluation, as Results makes sure
-        self.config: Any = self.config.clone()
-        self.config.ckpt_path = None
-        super().setup(trainer, pl_module, stage)
+        if stage != "test":
+            self.config: Any = self.config.clone()
+            self.config.ckpt_path = None
+            super().setup(trainer, pl_module, stage)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (Path(trainer.default_root_dir) / "config.yaml").exists():  # Results sees to it that it is the same
+            super().setup(trainer, pl_module, "test")
 
 
 RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained", "results")

@@ -101,7 +101,8 @@ class PolicyModule(L.LightningModule):
             )
         split = "val" if stage in ("fit", "validate") else stage
         keys = [key for key in getattr(data, "prompts", {}) if key.split("/")[0] == split]
-        self.scores = nn.ModuleDict({key: Scores(n, pass_at) for key in keys})
+        majority = getattr(data, "answers_are_read", False)
+        self.scores = nn.ModuleDict({key: Scores(n, pass_at, majority) for key in keys})
 
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning may call this twice
@@ -275,10 +276,10 @@ class PolicyModule(L.LightningModule):
             for ballot, samples in zip(ballots, answers.samples, strict=True)
         ]
         rewards = [[s.reward for s in samples] for samples in answers.samples]
-        scores.update(
-            torch.tensor(rewards, device=self.device).reshape(-1, scores.n),
-            torch.tensor(votes, device=self.device).reshape(-1, scores.n),
-            torch.tensor(answers.places, device=self.device),
+        scores.update(  # types are given because a rank may have none of the last prompts
+            torch.tensor(rewards, dtype=torch.float32, device=self.device).reshape(-1, scores.n),
+            torch.tensor(votes, dtype=torch.int64, device=self.device).reshape(-1, scores.n),
+            torch.tensor(answers.places, dtype=torch.int64, device=self.device),
             self.correct_at,
         )
 
@@ -296,19 +297,16 @@ class PolicyModule(L.LightningModule):
         """Log each benchmark's scores with the half-widths of their intervals, and the means over benchmarks."""
         sets: dict[str, Any] = dict(self.scores.items())
         results = [scores.compute() for scores in sets.values()]
-        shared = [name for name in results[0] if all(name in found for found in results)]
         average = {
             name: (
                 sum(found[name][0] for found in results) / len(results),
                 sum(found[name][1] ** 2 for found in results) ** 0.5 / len(results),
             )
-            for name in shared
+            for name in results[0]
         }
         for key, found in [*zip(sets, results, strict=True), ("test", average)]:
             for name, (mean, ci) in found.items():
-                self.log(f"{key}/{name}", mean)
-                if name != "reward":
-                    self.log(f"{key}/{name}_ci", ci)
+                self.log_dict({f"{key}/{name}": mean, f"{key}/{name}_ci": ci})
 
     def predict_step(self, answers: Answers, batch_idx: int) -> None:
         """Nothing is left to compute: the engine has answered, and the sample table writes the answers down."""

@@ -47,6 +47,10 @@ ACCEPTED = {
     "thousands in the answer": ("1234", r"\boxed{1,234}"),
     "a gold that was stored as a float": ("27.0", r"\boxed{27}"),
     "a line end after the gold": ("8.7 \\times 10^{8}\n", r"\boxed{8.7\times 10^8}"),
+    "scientific notation with an e in the answer": (r"8.7 \times 10^{8}", r"\boxed{8.7e8}"),
+    "and in the gold": ("4.5e33", r"\boxed{4.5\times 10^{33}}"),
+    "with a sign": ("2.5E-3", r"\boxed{0.0025}"),
+    "small numbers that are the same": (r"6.6\times 10^{-34}", r"\boxed{6.6e-34}"),
     "powers of ten written out": (r"8.7 \times 10^{8}", r"\boxed{870000000}"),
     "a unit in the answer": ("5", r"\boxed{5\text{ cm}}"),
     "a unit in the gold": (r"5\text{ cm}", r"\boxed{5}"),
@@ -81,7 +85,10 @@ REFUSED = {
     "an open interval is not closed": ("(0,1)", r"\boxed{[0,1]}"),
     "large whole numbers that are close": ("123456789012", r"\boxed{123456789013}"),
     "large powers that overflow": (r"10^{400}", r"\boxed{10^{500}}"),
-    "scientific notation with an e, which LaTeX reads as Euler's": (r"8.7 \times 10^{8}", r"\boxed{8.7e8}"),
+    "Euler's number is no power of ten": ("1e11", r"\boxed{e11}"),
+    "small numbers are as different as large ones": (r"1\times 10^{-19}", r"\boxed{2\times 10^{-19}}"),
+    "also as decimals, which math-verify rounds to six places": ("0.0000001", r"\boxed{0.0000003}"),
+    "a small number is not none": ("0", r"\boxed{0.0000001}"),
     "thousands by spaces": ("1000", r"\boxed{1 000}"),
     "an answer longer than any": ("3", r"\boxed{" + "3" * 2000 + "}"),
 }
@@ -104,6 +111,10 @@ def test_a_tolerance_is_for_numbers_that_are_close():
     assert not judge("3.14", r"\boxed{3.16}", tolerance=0.01).correct
     assert judge("100", r"\boxed{101}", tolerance=1).correct
     assert not judge("x", r"\boxed{y}", tolerance=1e9).correct
+    assert judge("3.14, 2.0", r"\boxed{2.0, 3.141}", tolerance=0.01).correct
+    assert not judge("3.14, 2.0", r"\boxed{2.0, 3.2}", tolerance=0.01).correct
+    assert not judge("3.14, 2.0", r"\boxed{3.14, 3.141}", tolerance=0.01).correct
+    assert not judge("3.14, 2.0", r"\boxed{3.14, 2.0, 5}", tolerance=0.01).correct
 
 
 @pytest.mark.parametrize(
@@ -293,3 +304,9 @@ def test_impossible_settings_name_the_key(setting: dict[str, int]):
 def test_workers_do_not_import_torch():
     code = "import sys, lit_grpo.rewards.verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_sum_knows_the_answers_that_its_parts_cannot_read():
+    reward = RewardSum({"right": math_reward, "same": exact_match})
+    assert reward.unreadable(["1", r"\text{}", "2"]) == math_reward.unreadable(["1", r"\text{}", "2"]) == [1]
+    assert RewardSum({"same": exact_match}).unreadable([r"\text{}"]) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -111,10 +112,22 @@ METHODS = {
     "ablation/g16.yaml": ("GRPO", 1e-6, 16, 16, False),
 }
 MODELS = {"qwen_math_7b.yaml": "7B", "r1_distill_1.5b.yaml": "R1-Distill", None: "Math-1.5B"}
-DATA = {"../data/math.yaml": "MATH-lighteval", "../data/dapo_math_sub.yaml": "DAPO-Math-17k-Processed"}
+DATA = {
+    "../data/math.yaml": ("DigitalLearningGmbH/MATH-lighteval", None, "problem", "solution", "boxed", False, None),
+    "../data/dapo_math_sub.yaml": ("open-r1/DAPO-Math-17k-Processed", "all", "prompt", "solution", "plain", True, 7500),
+    "../data/gsm8k.yaml": ("openai/gsm8k", "main", "question", "answer", "hashes", False, None),
+}
+SOURCE = ("path", "name", "prompt", "answer", "read_answer", "deduplicate", "sample")
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("order", itertools.permutations(DATA))
+def test_the_last_data_set_holds(order: tuple[str, ...]):
+    """Nothing stays of those before: overlays merge."""
+    found = parsed("fit", "paper/2grpo.yaml", *(f"paper/{file}" for file in order))
+    assert tuple(found["data"]["init_args"]["train"][key] for key in SOURCE) == DATA[order[-1]]
+
+
+@pytest.mark.parametrize("data", list(DATA)[:2])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_paper_s_runs(method: str, model: str | None, data: str):
@@ -128,7 +141,7 @@ def test_the_paper_s_runs(method: str, model: str | None, data: str):
     assert found["model"]["lr_scheduler"]["init_args"]["total_iters"] == 10
     assert MODELS[model] in found["model"]["model"]
     rollouts = found["data"]["init_args"]
-    assert DATA[data] in rollouts["train"]["path"]
+    assert tuple(rollouts["train"][key] for key in SOURCE) == DATA[data]
     assert (rollouts["prompts_per_phase"], rollouts["group_size"]) == (512, group_size)
     assert (rollouts["updates_per_phase"], rollouts["resample_ties"]) == (updates, resampled)
     assert rollouts["max_rollouts"] == (512 * 16 if resampled else None)

@@ -95,6 +95,8 @@ class PromptData(L.LightningDataModule):
         self.samples: list[Sample] = []
         """This rank's samples, scored: of the latest phase, or of the held-out prompts since ``begin``."""
         self.engine: tuple[Engine, Sampling] | None = None
+        self.answers_are_read = False
+        """Whether the reward says what a completion answers, so that majorities can be found."""
         self.answered: dict[str, dict[int, list[Sample]]] = {}
         """Samples of benchmarks by the place of the prompt, from before an interruption."""
 
@@ -171,6 +173,7 @@ class PromptData(L.LightningDataModule):
         prompts = next(iter(self.prompts.values()), [])[:2]
         samples = [Sample(p.text, p.answer, p.answer, 1, False, p.tolerance, p.messages) for p in prompts]
         self.score_samples(samples)
+        self.answers_are_read = any(sample.parsed is not None for sample in samples)
         threshold = self.trainer.lightning_module.correct_at
         for sample in samples:
             if sample.reward is not None and sample.reward < threshold:
@@ -303,6 +306,13 @@ class PromptData(L.LightningDataModule):
                     f" {sample}."
                 )
             sample.reward = float(reward)
+            if not isinstance(sample.parsed, str | None) or not all(
+                isinstance(value, int | float) for value in sample.parts.values()
+            ):
+                raise UserError(
+                    f"data.init_args.reward: {name} left {sample}; expected text or None in `parsed`, and numbers"
+                    " in `parts`."
+                )
 
     def sampled_batches(self) -> list[Batch]:
         """Micro-batches of the rollouts that are about to be trained on; none where nobody sampled."""
@@ -341,7 +351,8 @@ class PromptData(L.LightningDataModule):
         self.sample(*self.engine, split, 0, missing, n, score=split != "predict")
         answers |= {place: self.samples[i * n : (i + 1) * n] for i, place in enumerate(missing)}
         groups = [answers[place] for place in prompts]
-        self.samples = before + [sample for group in groups for sample in group]
+        if split == "val":  # of other splits there may be more than memory holds
+            self.samples = before + self.samples
         return Answers(list(prompts), groups)
 
     def eval_loaders(self, split: str) -> list[Any]:

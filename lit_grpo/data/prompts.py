@@ -31,7 +31,8 @@ class Source:
     """Configuration of a hub data set."""
 
     split: str = "train"
-    """Split of a data set, slices such as ``train[:1000]`` included. A .csv file is always read whole."""
+    """Split of a data set, slices such as ``train[:1000]`` included. A local file has one split, whatever its name; a
+    .csv file is always read whole."""
 
     prompt: str = "prompt"
     """Column of the question: text, or a list of chat messages."""
@@ -110,22 +111,21 @@ def open_data(source: Source, key: str) -> Any:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 data = Dataset.from_list(list(csv.DictReader(file)))
         elif path.is_file():
-            data = load_dataset(
-                FORMATS[path.suffix], data_files=str(path), split=source.split, streaming=source.streaming
-            )
+            split = re.sub(r"\w+", "train", source.split, count=1)
+            data = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, streaming=source.streaming)
         else:
             data = load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
         if source.streaming:
             data = Dataset.from_list(list(data))
     except Exception as error:  # the library raises many kinds, from its own to pyarrow's and the network's
-        if "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error) or isinstance(error.__cause__ or error, StopIteration):
             raise UserError(f"{key}.path: {source.path!r} (split {source.split!r}) has no rows.") from error
         cause = error.__cause__ or error
         hint = (
             ""
             if path.is_file()
             else (
-                f" Without a network, write its rows to a .jsonl, .parquet or .csv file with the same columns, here"
+                f" Without a network, write its rows to a .jsonl or .parquet file with the same columns, here"
                 f" {', '.join(repr(c) for c in source_columns(source))}, and name the file in {key}.path."
             )
         )
@@ -140,7 +140,7 @@ def open_data(source: Source, key: str) -> Any:
 
 def source_columns(source: Any) -> list[str]:
     """The columns that a source names."""
-    names = (getattr(source, name, None) for name in ("prompt", "answer", "id"))
+    names = (getattr(source, name, None) for name in ("prompt", "answer", "id", "tolerance"))
     return [name for name in names if name]
 
 
@@ -285,7 +285,8 @@ def load_prompts(source: Source, key: str, tokenizer: Any, template: str, chat_t
         UserError: as :func:`open_data`, :func:`checked_rows`, :func:`check_templates` and :func:`encode_prompt`.
     """
     check_templates(template, chat_template, tokenizer)
-    columns, optional = source_columns(source), [source.tolerance] if source.tolerance else []
+    columns = [column for column in (source.prompt, source.answer, source.id) if column]
+    optional = [source.tolerance] if source.tolerance else []
     prompts, seen, ids = [], set(), dict[str, int]()
     for i, row in enumerate(checked_rows(open_data(source, key), columns, source, key, optional)):
         where = f"{key}.prompt: row {i} of {source.path!r}, column {source.prompt!r},"
@@ -325,6 +326,8 @@ def gold_answer(value: Any, how: str, where: str) -> str:
     Raises:
         UserError: if it holds no answer of the kind.
     """
+    if value is None or value != value:
+        raise UserError(f"{where} holds {value!r}; expected an answer. Mend or drop the row.")
     if isinstance(value, list):
         return ", ".join(gold_answer(part, how, where).strip("$") for part in value)
     if isinstance(value, float) and value.is_integer():
@@ -343,14 +346,14 @@ def gold_answer(value: Any, how: str, where: str) -> str:
 
 
 def read_tolerance(value: Any, where: str) -> float:
-    """The number in a cell, 0 where it is empty.
+    """The number in a cell, 0 where it is empty; the smallest of several between commas.
 
     Raises:
         UserError: if it holds anything else.
     """
     try:
-        number = float(value) if value not in (None, "") else 0.0
-    except (TypeError, ValueError):
+        number = min(map(float, str(value).split(","))) if value not in (None, "") else 0.0
+    except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
         raise UserError(f"{where} holds {value!r}; expected a number >= 0 or nothing.")

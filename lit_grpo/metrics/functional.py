@@ -164,7 +164,8 @@ def mean_interval(values: Tensor, level: float = 0.95) -> Estimate:
     """
     z = torch.special.ndtri(torch.tensor(0.5 + level / 2, dtype=torch.float64))
     exact = values.double()
-    return Estimate(exact.mean().item(), (z * exact.std() / len(exact) ** 0.5).item())
+    spread = exact.std() if len(exact) > 1 else exact.new_tensor(torch.nan)
+    return Estimate(exact.mean().item(), (z * spread / len(exact) ** 0.5).item())
 
 
 class Comparison(NamedTuple):

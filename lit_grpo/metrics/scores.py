@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
 
-from lit_grpo.metrics.at_k import BestAtN, MajAtK, MeanAtK, PassAtK
+from lit_grpo.metrics.at_k import BestAtN, MajAtK, MeanAtK, OverProblems, PassAtK
+
+
+class MeanReward(OverProblems):
+    """Mean over problems of the mean reward of their completions; ``update`` takes rewards ``[P, n]`` twice."""
+
+    def values_of(self, rewards: Tensor, _: Tensor, k: int) -> Tensor:
+        return rewards.mean(-1)
 
 
 class Scores(nn.Module):
-    """Mean reward, Mean@n, Pass@k, Best@n and, where completions have votes, Maj@n of problems with n completions each.
+    """Mean reward, Mean@n, Pass@k, Best@n and Maj@n of problems with n completions each.
 
     Args:
         n: completions of each problem.
         pass_at: the k of Pass@k.
+        majority: whether there are votes for Maj@n.
         level: of the confidence intervals.
 
     Raises:
@@ -30,14 +36,14 @@ class Scores(nn.Module):
         {'reward': 0.625, 'mean_at_4': 0.625, 'pass_at_2': 0.75, 'pass_at_4': 1.0, 'best_at_4': 0.842, 'maj_at_4': 0.5}
     """
 
-    def __init__(self, n: int, pass_at: Sequence[int], level: float = 0.95) -> None:
+    def __init__(self, n: int, pass_at: Sequence[int], majority: bool = True, level: float = 0.95) -> None:
         super().__init__()
         if bad := [k for k in pass_at if not 1 <= k <= n]:
             raise ValueError(f"k = {bad[0]} needs at least 1 and at most as many samples as there are, {n}.")
         self.n = n
-        self.reward, self.votes = MeanMetric(), SumMetric()
-        self.mean_at, self.pass_at = MeanAtK(level=level), PassAtK(pass_at, level=level)
-        self.best_at, self.maj_at = BestAtN(n, level=level), MajAtK(n, level=level)
+        self.reward, self.mean_at = MeanReward(1, level=level), MeanAtK(level=level)
+        self.pass_at, self.best_at = PassAtK(pass_at, level=level), BestAtN(n, level=level)
+        self.maj_at = MajAtK(n, level=level) if majority else None
 
     def update(self, rewards: Tensor, votes: Tensor, ids: Tensor | None = None, correct_at: float = 1.0) -> None:
         """Add P problems.
@@ -49,25 +55,20 @@ class Scores(nn.Module):
             correct_at: reward from which a completion is correct.
         """
         correct = rewards >= correct_at
-        counts = correct.sum(-1), torch.full(rewards.shape[:1], self.n, device=rewards.device), ids
-        self.reward.update(rewards)
-        self.votes.update((votes >= 0).sum())
+        self.reward.update(rewards, rewards, ids)
         for metric in (self.mean_at, self.pass_at, self.best_at):
-            metric.update(*counts)
-        self.maj_at.update(votes, correct, ids)
+            metric.update(correct.sum(-1), torch.full(rewards.shape[:1], self.n, device=rewards.device), ids)
+        if self.maj_at is not None:
+            self.maj_at.update(votes, correct, ids)
 
     def compute(self) -> dict[str, tuple[float, float]]:
-        """Each score over all processes with the half-width of its interval (NaN for the reward); then start afresh."""
-        intervals = {
-            f"mean_at_{self.n}": self.mean_at.compute(),
-            **{f"pass_at_{k}": value for k, value in self.pass_at.compute().items()},
-            f"best_at_{self.n}": self.best_at.compute()[self.n],
-            f"maj_at_{self.n}": self.maj_at.compute()[self.n],
-        }
-        if not self.votes.compute():
-            del intervals[f"maj_at_{self.n}"]
-        scores = {"reward": (self.reward.compute().item(), math.nan)}
-        scores |= {name: (value[0].item(), value[1].item()) for name, value in intervals.items()}
-        for metric in (self.reward, self.votes, self.mean_at, self.pass_at, self.best_at, self.maj_at):
-            metric.reset()
-        return scores
+        """Each score over all processes with the half-width of its interval; then start afresh."""
+        values = {"reward": self.reward.compute()[1], f"mean_at_{self.n}": self.mean_at.compute()}
+        values |= {f"pass_at_{k}": value for k, value in self.pass_at.compute().items()}
+        values |= {f"best_at_{self.n}": self.best_at.compute()[self.n]}
+        if self.maj_at is not None:
+            values |= {f"maj_at_{self.n}": self.maj_at.compute()[self.n]}
+        for metric in (self.reward, self.mean_at, self.pass_at, self.best_at, self.maj_at):
+            if metric is not None:
+                metric.reset()
+        return {name: (value[0].item(), value[1].item()) for name, value in values.items()}

@@ -51,6 +51,11 @@ class RewardSum:
                 totals[i] += self.weights.get(name, 1.0) * float(score)
         return totals
 
+    def unreadable(self, golds: list[str]) -> list[int]:
+        """Which gold answers one of the rewards cannot read."""
+        readers = [reward.unreadable for reward in self.rewards.values() if hasattr(reward, "unreadable")]
+        return sorted({i for reader in readers for i in reader(golds)})
+
 
 def resolved(results: Sequence[Any]) -> list[Any]:
     """The results, those that are awaitable awaited together. A loop of its own runs them, also inside of another."""

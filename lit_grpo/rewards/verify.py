@@ -15,7 +15,14 @@ CLOSE = 1e-9
 LONGEST = 1000
 """Characters of an answer. No gold answer is so long, and parsers take minutes over some that are longer."""
 
+ROUNDED = 1e-5
+"""Relative difference of numbers that are only rounded otherwise. math-verify rounds to six decimals, so that all
+tiny numbers are the same."""
+
 WHOLE = re.compile(r"[-+]?\d{1,15}")
+
+SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?)[eE]([-+]?\d+)(?![\w.])")
+"""4.5e33, which LaTeX reads as 4.5 times Euler's number times 33. Minerva Math has many such gold answers."""
 
 
 class Verdict(NamedTuple):
@@ -55,7 +62,7 @@ def judge(gold: str, completion: str, tolerance: float = 0.0) -> Verdict:
     Args:
         gold: the gold answer.
         completion: what the model wrote.
-        tolerance: by which a number may be off.
+        tolerance: by which a number may be off, or each of several.
 
     >>> judge("1/2", r"so it is \boxed{0.5}.")
     Verdict(correct=True, answer='0.5')
@@ -73,12 +80,27 @@ def judge(gold: str, completion: str, tolerance: float = 0.0) -> Verdict:
     expected = _parse(f"\\boxed{{{gold}}}")
     correct = bool(math_verify.verify(expected, found, timeout_seconds=None))
     value, wanted = _number(found), _number(expected)
-    if not correct and value is not None and wanted is not None:
-        relative = 0.0 if value.is_rational and wanted.is_rational else CLOSE
-        correct = math.isclose(float(value), float(wanted), rel_tol=relative, abs_tol=tolerance)
+    if value is not None and wanted is not None:
+        if not correct:
+            relative = 0.0 if value.is_rational and wanted.is_rational else CLOSE
+            correct = math.isclose(float(value), float(wanted), rel_tol=relative, abs_tol=tolerance)
+        elif abs(value - wanted) < 1e-6:
+            correct = math.isclose(float(value), float(wanted), rel_tol=ROUNDED, abs_tol=tolerance)
+    elif not correct and tolerance and box is not None and "," in gold:
+        correct = _each_within(tolerance, gold.split(","), box.split(","))
     if value is not None:
         return Verdict(correct, f"{float(value):.15g}")
     return Verdict(correct, gold if correct else str(found[0]))
+
+
+def _each_within(tolerance: float, golds: list[str], answers: list[str]) -> bool:
+    """Whether every answer is within the tolerance of a gold one of its own."""
+    for gold in golds:
+        hit = next((a for a in answers if judge(gold, f"\\boxed{{{a}}}", tolerance).correct), None)
+        if hit is None:
+            return False
+        answers.remove(hit)
+    return not answers
 
 
 def judge_all(items: list[tuple[str, str, float]], seconds: float) -> list[Verdict | None]:
@@ -126,7 +148,8 @@ def _bare(gold: str) -> str:
 def _parse(text: str) -> Any:
     import math_verify
 
-    return math_verify.parse(text, parsing_timeout=None)
+    written_out = SCIENTIFIC.sub(lambda found: rf"{found[1]} \times 10^{{{int(found[2])}}}", text)
+    return math_verify.parse(written_out, parsing_timeout=None)
 
 
 def _number(parsed: Any) -> Any:
