@@ -25,7 +25,7 @@ from lit_grpo.rewards import (
     exact_match,
     math_reward,
 )
-from lit_grpo.rewards.verify import judge, last_boxed
+from lit_grpo.rewards.verify import _number, judge, last_boxed
 
 
 def samples(*pairs: tuple[str, str]) -> list[Sample]:
@@ -102,6 +102,19 @@ def test_right_answers(reason: str):
 @pytest.mark.parametrize("reason", REFUSED)
 def test_wrong_answers(reason: str):
     assert not judge(*REFUSED[reason]).correct
+
+
+def test_what_sympy_contradicts_itself_on_is_no_number():
+    """An unevaluated 1 * 0, as math-verify reads `1 000`, may not know whether it is even."""
+
+    class Contradiction:
+        is_number = True
+
+        @property
+        def is_real(self) -> bool:
+            raise ValueError("inconsistent assumptions")
+
+    assert _number([Contradiction()]) is None
 
 
 def test_a_tolerance_is_for_numbers_that_are_close():

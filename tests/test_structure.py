@@ -120,7 +120,7 @@ DATA = {
 SOURCE = ("path", "name", "prompt", "answer", "read_answer", "deduplicate", "sample")
 
 
-@pytest.mark.parametrize("order", itertools.permutations(DATA))
+@pytest.mark.parametrize("order", list(itertools.permutations(DATA)))
 def test_the_last_data_set_holds(order: tuple[str, ...]):
     """Nothing stays of those before: overlays merge."""
     found = parsed("fit", "paper/2grpo.yaml", *(f"paper/{file}" for file in order))

@@ -157,9 +157,11 @@ def _number(parsed: Any) -> Any:
     if not parsed:
         return None
     value = parsed[0].rhs if type(parsed[0]).__name__ == "Equality" else parsed[0]
-    if not getattr(value, "is_number", False) or not value.is_real or not math.isfinite(float(value)):
+    try:
+        real = getattr(value, "is_number", False) and value.is_real and math.isfinite(float(value))
+    except ValueError:  # of products that are left as they were written, sympy may contradict itself
         return None
-    return value
+    return value if real else None
 
 
 def start_worker() -> None:
