@@ -1,5 +1,6 @@
 # make quickstart    train a small policy with 2-GRPO, from nothing, in a few minutes
 # make test          all tests
+# make test-long     those that take minutes each
 # make lint          ruff and mypy
 # Each creates .venv when it is missing and installs what it needs. PYTHON=python3.12 make ... chooses the interpreter.
 
@@ -19,13 +20,16 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-long lint format clean
 
 quickstart: $(if $(filter VLLMRollout,$(ROLLOUT)),$(VENV)/.dev,$(VENV)/.core)
 	$(BIN)/python -m lit_grpo.quickstart --seed $(SEED) --rollout $(ROLLOUT)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-long: $(VENV)/.dev
+	$(BIN)/pytest -m long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 ``lit_grpo`` is the library: models, losses, data, engines. What stands here decides *when* they act in a run.
 """
 
+from callbacks.checkpoints import Checkpoints
 from callbacks.learning_curve import LearningCurve
 from callbacks.progress import PhaseProgress
 from callbacks.reference_cache import ReferenceCache
@@ -12,6 +13,7 @@ from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
 
 __all__ = [
+    "Checkpoints",
     "HFRollout",
     "LearningCurve",
     "PhaseProgress",

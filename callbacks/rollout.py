@@ -170,7 +170,7 @@ class Rollout(L.Callback, ABC):
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what Lightning's sanity check found and would forget: the untrained policy, the curve's first point."""
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        for logger in trainer.loggers if scores else []:
+        for logger in trainer.loggers if scores and not trainer.global_step else []:
             logger.log_metrics(scores, step=trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import (  # noqa: F401
+    Checkpoints,
     HFRollout,
     LearningCurve,
     PhaseProgress,
@@ -29,6 +29,7 @@ from callbacks import (  # noqa: F401
     SavePretrained,
     VLLMRollout,
 )
+from callbacks.checkpoints import latest_whole
 from lit_grpo import data, losses  # noqa: F401  short class names in YAML are those of imported classes
 from lit_grpo.errors import UserError
 from lit_grpo.module import PolicyModule
@@ -104,20 +105,10 @@ class CLI(LightningCLI):
             help="Folder of this run: logs, samples, checkpoints, model. Default: runs/ and the time. It must be empty"
             " or new, unless --ckpt_path resumes it.",
         )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")  # before a phase begins, so before its rollouts
         parser.add_lightning_class_args(Rollout, "rollout", subclass_mode=True)
         parser.add_lightning_class_args(SampleTable, "samples")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "rollout": {"class_path": "HFRollout"},
-                "checkpoint.filename": "phase-{epoch:05d}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.every_n_epochs": 50,
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,  # a resumed run goes on with last.ckpt, not last-v1.ckpt
-                "checkpoint.save_on_train_epoch_end": True,  # inside a phase there is nothing to resume from
-            }
-        )
+        parser.set_defaults({"rollout": {"class_path": "HFRollout"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -139,14 +130,18 @@ class CLI(LightningCLI):
         """Prepare the run folder, before anything costs time."""
         config = self.config[self.subcommand]
         self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(self.run_dir / "checkpoints" / "last.ckpt")
-        ckpt_path = config.ckpt_path
-        if ckpt_path is not None and not Path(ckpt_path).is_file():
-            raise UserError(f"ckpt_path: no checkpoint {str(ckpt_path)!r} (looked from {Path.cwd()}).")
         goes_on = self.subcommand == "test" and (self.run_dir / "results" / "settings.json").exists()  # see Results
-        if rank_zero_only.rank == 0 and not goes_on:
-            prepare_run_dir(self.run_dir, ckpt_path if self.subcommand == "fit" else None)
+        if (
+            config.ckpt_path == "last" and self.subcommand == "fit"
+        ):  # the same command may begin a run and go on with it
+            latest, goes_on = latest_whole(self.run_dir / "checkpoints"), True
+            config.ckpt_path = latest and str(latest)
+        elif config.ckpt_path is not None:
+            path = checkpoint_at(self.run_dir if config.ckpt_path == "last" else Path(config.ckpt_path))
+            config.ckpt_path = str(path)
+            goes_on |= self.subcommand == "fit" and path.resolve().parents[1] == self.run_dir.resolve()
+        if rank_zero_only.rank == 0:
+            prepare_run_dir(self.run_dir, goes_on, keep_log=self.subcommand == "test")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         config["default_root_dir"] = str(self.run_dir)
@@ -155,7 +150,10 @@ class CLI(LightningCLI):
             table = [] if self.subcommand == "test" else [CSVLogger(**where, flush_logs_every_n_steps=1)]  # see Results
             config["logger"] = [TensorBoardLogger(**where), *table]
         if config["enable_checkpointing"] is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
+        config["enable_checkpointing"] = False  # Lightning's own
+        if self.subcommand == "fit" and self.config.fit.ckpt_path:
+            config["num_sanity_val_steps"] = 0  # the curve has its first point
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]
         try:
@@ -184,24 +182,37 @@ class SaveConfig(SaveConfigCallback):
 RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained", "results")
 
 
-def prepare_run_dir(folder: Path, ckpt_path: str | Path | None) -> None:
+def checkpoint_at(path: Path) -> Path:
+    """A checkpoint, or the latest of a run.
+
+    Args:
+        path: of the checkpoint, or of the run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = latest_whole(path / "checkpoints") if (path / "checkpoints").is_dir() else path
+    if found is None or not found.exists():
+        raise UserError(f"ckpt_path: no checkpoint {str(path)!r} (looked from {Path.cwd()}).")
+    return found
+
+
+def prepare_run_dir(folder: Path, goes_on: bool, keep_log: bool = False) -> None:
     """Make the folder and be sure that it can be written.
 
     Args:
         folder: of the run.
-        ckpt_path: checkpoint with which training goes on. If it lies in the folder, the run there is resumed: its
-            ``config.yaml`` and ``metrics.csv`` are put aside under a number.
+        goes_on: whether the run there is gone on with.
+        keep_log: whether its ``config.yaml`` and ``metrics.csv`` stay; else they are put aside under a number.
 
     Raises:
         UserError: if it holds another run, or cannot be written.
     """
     present = [name for name in RUN_FILES if (folder / name).exists()]
-    resumed = ckpt_path is not None and Path(ckpt_path).resolve().parent == (folder / "checkpoints").resolve()
-    if present and not resumed:
-        last = folder / "checkpoints" / "last.ckpt"
+    if present and not goes_on:
         go_on = (
             f", or go on where it stopped with `lit-grpo fit ... --run_dir {folder} --ckpt_path last`"
-            if last.exists()
+            if "checkpoints" in present
             else ""
         )
         raise UserError(
@@ -214,7 +225,7 @@ def prepare_run_dir(folder: Path, ckpt_path: str | Path | None) -> None:
         probe.touch()
         probe.unlink()
         number = next(i for i in itertools.count() if not any(folder.glob(f"*-{i:03d}.*")))
-        for name in {"config.yaml", "metrics.csv"} & set(present):
+        for name in set() if keep_log else {"config.yaml", "metrics.csv"} & set(present):
             path = folder / name
             path.rename(path.with_stem(f"{path.stem}-{number:03d}"))
     except OSError as error:

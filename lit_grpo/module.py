@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -245,8 +246,13 @@ class PolicyModule(L.LightningModule):
         }
 
     def on_train_epoch_start(self) -> None:
-        """Score the rollouts of later updates before the first one moves the policy, if that is asked for."""
+        """Score the rollouts of later updates before the first one moves the policy, if that is asked for.
+
+        Random numbers of the phase, those of dropout, follow from the seed, the phase and the process alone.
+        """
         assert self.policy is not None
+        seed = getattr(self.trainer.datamodule, "seed", 0)
+        torch.manual_seed(np.random.SeedSequence((seed, self.current_epoch, self.global_rank)).generate_state(1)[0])
         if self.old_policy == "trainer":
             for batch in self.trainer.datamodule.sampled_batches():
                 if not batch.on_policy:

@@ -21,7 +21,10 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).pa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip vLLM's tests where it is not installed, except in CI, where they must run."""
+    """Skip long tests unless they are asked for, and vLLM's where it is not installed, except in CI."""
+    for item in items:
+        if item.get_closest_marker("long") and "long" not in item.config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="long: make test-long"))
     try:
         import vllm  # noqa: F401
     except ImportError:

@@ -127,7 +127,7 @@ class TestFit:
 
     def test_saved_folder_is_the_trained_model(self, run: Path, model: str):
         trained = AutoModelForCausalLM.from_pretrained(run / "pretrained")
-        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        checkpoint = torch.load(run / "checkpoints" / "phase-00004.ckpt", weights_only=True)
         for name, tensor in trained.state_dict().items():
             assert torch.equal(tensor, checkpoint["state_dict"][f"policy.lm.{name}"])
         start = AutoModelForCausalLM.from_pretrained(model)
@@ -149,10 +149,15 @@ class TestFit:
 
     def test_resuming_keeps_the_log_and_equals_one_run(self, run: Path, tmp_path: Path):
         """Two phases, then two more from the checkpoint, against the four of ``run``: the same weights, bit for bit."""
-        config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--checkpoint.every_n_epochs=1"]
+        config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--checkpoint.every_n_phases=1"]
         main(["fit", *config, "--trainer.max_epochs=2"])
         main(
-            ["fit", *config, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]
+            [
+                "fit",
+                *config,
+                "--trainer.max_epochs=4",
+                f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'phase-00002.ckpt'}",
+            ]
         )
         whole = AutoModelForCausalLM.from_pretrained(run / "pretrained").state_dict()
         halves = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pretrained").state_dict()
@@ -166,7 +171,7 @@ class TestFit:
                 "fit",
                 f"--config={run / 'config.yaml'}",
                 f"--run_dir={tmp_path / 'run'}",
-                f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+                f"--ckpt_path={run}",
                 "--model.loss=GRPO",
                 "--model.loss.clip_high=0.28",
             ]
@@ -178,7 +183,7 @@ class TestFit:
     ):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "config.yaml").write_text("precious")
-        checkpoint = run / "checkpoints" / "last.ckpt"
+        checkpoint = run / "checkpoints" / "phase-00004.ckpt"
         for command, folder in (("fit", tmp_path / "other"), ("validate", run)):
             with pytest.raises(SystemExit):
                 main([command, f"--config={run / 'config.yaml'}", f"--run_dir={folder}", f"--ckpt_path={checkpoint}"])
@@ -187,7 +192,7 @@ class TestFit:
 
     def test_config_of_a_resumed_run_repeats_it_from_the_start(self, run: Path, tmp_path: Path):
         config = [f"--config={run / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--data.prompts_per_phase=2"]
-        main(["fit", *config, "--trainer.max_epochs=1", "--checkpoint.every_n_epochs=1"])
+        main(["fit", *config, "--trainer.max_epochs=1", "--checkpoint.every_n_phases=1"])
         main(["fit", *config, "--trainer.max_epochs=2", "--ckpt_path=last"])
         assert "ckpt_path: null" in (tmp_path / "run" / "config.yaml").read_text()
         assert (tmp_path / "run" / "config-000.yaml").exists()

@@ -1,0 +1,196 @@
+"""A run that is stopped and begun again ends where it would have ended: weights, metrics and tokens, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import ENVIRONMENT
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+
+from callbacks.checkpoints import Checkpoints, damage, latest_whole
+from lit_grpo.__main__ import main
+
+
+@pytest.fixture
+def command(model: str, many_prompts: str) -> list[str]:
+    """Six phases of two updates each, with ties replaced, dropout, and a schedule."""
+    return [
+        "fit", f"--model.model={model}", "--model.loss=TwoGRPO", "--model.optimizer=AdamW", "--model.optimizer.lr=1e-3",
+        "--model.lr_scheduler={class_path: torch.optim.lr_scheduler.LinearLR, init_args: {total_iters: 9}}",
+        "--data=RolloutData", f"--data.train.path={many_prompts}", f"--data.val.path={many_prompts}",
+        "--data.prompts_per_phase=8", "--data.updates_per_phase=2", "--data.resample_ties=true",
+        "--data.reward=test_invariance.even_first_digit", "--rollout.max_tokens=4",
+        "--trainer.max_epochs=6", "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=2",
+        "--checkpoint.every_n_phases=1", "--samples.every_n_phases=1",
+    ]  # fmt: skip
+
+
+def left_by(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]], dict[str, str]]:
+    """Weights, metrics without what a clock says, and sampled text of a run."""
+    rows: list[dict[str, str]] = []
+    for path in [*sorted(run.glob("metrics-*.csv")), run / "metrics.csv"]:
+        with open(path, newline="") as file:
+            part = [{k: v for k, v in row.items() if v and "seconds" not in k} for row in csv.DictReader(file)]
+        first = min((int(row["step"]) for row in part), default=10**9)
+        rows = [row for row in rows if int(row["step"]) < first] + part
+    samples = {path.name: path.read_text() for path in (run / "samples").iterdir()}
+    return load_file(run / "pretrained" / "model.safetensors"), rows, samples
+
+
+def same(run: Path, other: Path) -> bool:
+    (weights, metrics, samples), (weights2, metrics2, samples2) = left_by(run), left_by(other)
+    assert metrics == metrics2
+    assert samples == samples2
+    assert weights.keys() == weights2.keys()
+    return all(torch.equal(weights[name], weights2[name]) for name in weights)
+
+
+class StopAt(Callback):
+    """Raises at a hook of a phase."""
+
+    def __init__(self, hook: str, phase: int) -> None:
+        def stop(trainer: L.Trainer, *_: Any) -> None:
+            if trainer.current_epoch == phase and not trainer.sanity_checking:
+                raise RuntimeError("stopped here")
+
+        setattr(self, hook, stop)
+
+
+HOOKS = ["on_train_epoch_start", "on_train_batch_end", "on_before_optimizer_step", "on_train_epoch_end"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "hook"), [*(("TwoGRPO", hook) for hook in HOOKS), *zip(["GRPO", "DPO", "IPO", "KTO"], HOOKS, strict=True)]
+)
+def test_stopped_anywhere_it_goes_on_as_if_not(loss: str, hook: str, command: list[str], tmp_path: Path):
+    command = [*command, f"--model.loss={loss}", "--ckpt_path=last"]
+    main([*command, f"--run_dir={tmp_path / 'whole'}"])
+    halved = [*command, f"--run_dir={tmp_path / 'halved'}"]
+    with pytest.raises(RuntimeError, match="stopped here"):
+        main(
+            [*halved, f"--trainer.callbacks={{class_path: test_resume.StopAt, init_args: {{hook: {hook}, phase: 3}}}}"]
+        )
+    assert not (tmp_path / "halved" / "checkpoints" / "phase-00004.ckpt").exists()
+    main(halved)
+    assert same(tmp_path / "whole", tmp_path / "halved")
+
+
+def kill_and_go_on(command: list[str], run: Path, after: float) -> int:
+    """Begin a run, kill it so many seconds after its first checkpoint, and go on until it is done; returns the kills."""
+    arguments = [sys.executable, "-m", "lit_grpo", *command, f"--run_dir={run}", "--ckpt_path=last"]
+    with open(run.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=log, stderr=log)
+        while process.poll() is None and not list(run.glob("checkpoints/*.ckpt")):
+            time.sleep(0.01)
+        time.sleep(after)
+        process.kill()
+        killed = process.wait() == -signal.SIGKILL
+        subprocess.run(arguments, env=ENVIRONMENT, stdout=log, stderr=log, check=True, timeout=300)
+    return int(killed)
+
+
+def kills(points: int, command: list[str], tmp_path: Path) -> None:
+    """Kill at random moments of a run."""
+    draw = random.Random(points)
+    whole = tmp_path / "whole"
+    start = time.perf_counter()
+    main([*command, f"--run_dir={whole}"])
+    span = (time.perf_counter() - start) * 0.8
+    killed = 0
+    for i in range(points):
+        run = tmp_path / f"run-{i}"
+        killed += kill_and_go_on(command, run, draw.uniform(0, span))
+        assert same(whole, run)
+        shutil.rmtree(run)
+    assert killed >= points / 2  # the others were done before
+
+
+def test_killed_at_a_random_moment(command: list[str], tmp_path: Path):
+    kills(1, command, tmp_path)
+
+
+@pytest.mark.long
+def test_killed_at_twenty_random_moments(command: list[str], tmp_path: Path):
+    kills(20, command, tmp_path)
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def run(self, command: list[str], tmp_path: Path) -> Path:
+        main([*command, "--trainer.max_epochs=3", f"--run_dir={tmp_path / 'run'}", "--data.val=null"])
+        return tmp_path / "run"
+
+    def test_the_last_two_are_kept_with_one_policy_each(self, run: Path):
+        files = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert files == ["phase-00002.ckpt", "phase-00003.ckpt"]
+        checkpoint = torch.load(run / "checkpoints" / files[-1], weights_only=True)
+        assert all(name.startswith("policy.") for name in checkpoint["state_dict"])
+
+    @pytest.mark.parametrize("damage_done", ["cut off", "a bit", "empty", "no zip"])
+    def test_a_damaged_one_is_noticed_and_the_one_before_used(
+        self, damage_done: str, run: Path, command: list[str], recwarn: pytest.WarningsRecorder
+    ):
+        path = run / "checkpoints" / "phase-00003.ckpt"
+        content = bytearray(path.read_bytes())
+        if damage_done == "a bit":
+            content[len(content) // 2] ^= 1
+        path.write_bytes({"cut off": content[:-1000], "empty": b"", "no zip": b"x" * 1000}.get(damage_done, content))
+        assert damage(path) is not None
+        assert latest_whole(run / "checkpoints") == run / "checkpoints" / "phase-00002.ckpt"
+        assert any("phase-00003.ckpt' is damaged" in str(warning.message) for warning in recwarn)
+        main([*command, "--trainer.max_epochs=3", f"--run_dir={run}", "--data.val=null", "--ckpt_path=last"])
+        assert damage(path) is None
+
+    def test_a_full_disk_is_named_and_leaves_nothing_half_written(
+        self, run: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        def full(trainer: L.Trainer, path: Path, **_: Any) -> None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+        with pytest.raises(SystemExit) as stop:
+            main([*command, f"--run_dir={run}", "--data.val=null", "--ckpt_path=last"])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert "phase-00004.ckpt': No space left on device. Make room" in said
+        assert "phase-00003.ckpt' holds: go on with --ckpt_path last" in said
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["phase-00002.ckpt", "phase-00003.ckpt"]
+
+    def test_settings_out_of_range(self):
+        from lit_grpo.errors import UserError
+
+        for setting in ({"every_n_phases": 0}, {"keep": 0}):
+            with pytest.raises(UserError, match=rf"checkpoint.{next(iter(setting))}: expected a whole number >= 1"):
+                Checkpoints(**setting)
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(command: list[str], tmp_path: Path):
+    """Also where it was killed before there was a checkpoint."""
+    command = [*command, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"]
+    with pytest.raises(RuntimeError, match="stopped here"):
+        main(
+            [
+                *command,
+                "--trainer.callbacks={class_path: test_resume.StopAt, init_args: {hook: on_train_start, phase: 0}}",
+            ]
+        )
+    main(command)
+    main([*command, "--trainer.max_epochs=3"])
+    _, metrics, _ = left_by(tmp_path / "run")
+    assert [int(row["epoch"]) for row in metrics if "train/reward" in row] == [0, 1, 2]
+    assert (tmp_path / "run" / "config-000.yaml").exists()
