@@ -35,6 +35,7 @@ class Checkpoints(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        self.done_before: float = float("inf")  # until training starts
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.done_before = trainer.current_epoch
@@ -43,7 +44,8 @@ class Checkpoints(L.Callback):
         if trainer.current_epoch % self.every_n_phases == 0 and trainer.current_epoch > self.done_before:
             self.save(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what is done last: a run that has this checkpoint has all else."""
         if trainer.current_epoch > self.done_before:
             self.save(trainer)
 

@@ -100,7 +100,7 @@ class PhaseProgress(ProgressBar):
 
     def explain(self, metrics: dict[str, float]) -> None:
         """Say once, after the first phase that had a gradient, why the loss reads 0."""
-        if abs(metrics["train/loss"]) < 1e-6 and metrics["train/grad_norm"] > 0:
+        if abs(metrics["train/loss"]) < 1e-6 and metrics.get("train/grad_norm", 0) > 0:
             self.explained = True
             tqdm.write(
                 "one update per phase: the surrogate is 0 by construction, its gradient is not;"

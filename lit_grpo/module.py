@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -19,6 +20,9 @@ from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
 from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import Scores
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, shard, stop_token_ids
+
+MOST_SKIPPED = 5
+"""Updates in a row whose gradient is not finite."""
 
 
 class PolicyModule(L.LightningModule):
@@ -70,6 +74,7 @@ class PolicyModule(L.LightningModule):
         self.reference: Policy | None = None
         self.reference_is_cached = False
         self.kl_baseline: Tensor | None = None
+        self.skipped_in_a_row = 0
 
     @property
     def context(self) -> int:
@@ -259,18 +264,26 @@ class PolicyModule(L.LightningModule):
                     batch.old_logps = self.logps_of(self.policy, batch.to(self.device)).to(batch.tokens.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm, and leave out an update that would ruin the weights.
+
+        Raises:
+            UserError: if several in a row would.
+        """
         assert self.policy is not None
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
-
-    def on_train_epoch_end(self) -> None:
-        """Stop a run whose update was not finite before its weights are saved as a model."""
-        norm = self.trainer.callback_metrics["train/grad_norm"]
-        if not norm.isfinite():
+        finite = bool(norm.isfinite())  # on all processes alike: they have one gradient
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite:
+            self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+        elif self.trainer.precision != "16-mixed":  # where the scaler of gradients does it
+            optimizer.zero_grad(set_to_none=True)  # the step then changes nothing
+        self.log("train/skipped_updates", float(not finite), on_step=False, on_epoch=True, reduce_fx="sum")
+        if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
-                f"The gradient norm of phase {self.current_epoch} is {norm.item()}, and the update ruined the weights."
-                " Lower model.optimizer's lr, or look for what the loss divides by; checkpoints of earlier phases hold."
+                f"The gradient was {norm.item()} in {MOST_SKIPPED} updates in a row, up to phase {self.current_epoch}."
+                " They were left out, so the weights are as before. Lower model.optimizer's lr, or look for what the"
+                " loss divides by."
             )
 
     def score(self, key: str, answers: Answers) -> None:
@@ -317,9 +330,11 @@ class PolicyModule(L.LightningModule):
     def predict_step(self, answers: Answers, batch_idx: int) -> None:
         """Nothing is left to compute: the engine has answered, and the sample table writes the answers down."""
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("reference.")}
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All but the reference, which is loaded from its own folder."""
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("reference.")}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = self.state_dict()
-        checkpoint["state_dict"] |= {k: v for k, v in own.items() if k.startswith("reference.")}
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what ``state_dict`` gave; the reference stays as it is."""
+        own = {k: v for k, v in super().state_dict().items() if k.startswith("reference.")}
+        return super().load_state_dict({**own, **state_dict}, strict, assign)

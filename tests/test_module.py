@@ -15,7 +15,7 @@ from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
 from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
-from lit_grpo.losses import GRPO, LossInputs, TwoGRPO
+from lit_grpo.losses import GRPO, LossInputs, LossOutput, TwoGRPO
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import load_policy, load_reference, load_tokenizer, stop_token_ids
 
@@ -248,6 +248,44 @@ def test_later_updates_compare_with_the_policy_that_sampled(
         later.old_logps, later.sampler_logps, rtol=0, atol=1e-5
     )  # HFEngine runs the policy itself
     assert (later.logps - later.old_logps).abs().max() > 1e-4  # which has moved since
+
+
+class Ruinous(TwoGRPO):
+    """Its gradient is not finite in the given updates."""
+
+    def __init__(self, updates: list[int]) -> None:
+        super().__init__()
+        self.updates = updates
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        output = super().forward(inputs)
+        factor = float("nan") if inputs.step in self.updates else 1.0
+        return LossOutput(output.loss * factor, output.metrics)
+
+
+def test_an_update_that_would_ruin_the_weights_is_left_out(model: str, few_prompts: str, tmp_path: Path):
+    weights, skipped = [], []
+
+    class Watch(HFRollout):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            weights.append(torch.cat([p.detach().flatten().clone() for p in pl_module.policy.parameters()]))
+            skipped.append(trainer.callback_metrics["train/skipped_updates"].item())
+
+    module = PolicyModule(model, Ruinous([1, 2]), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    fit(module, few_prompts, tmp_path, Watch(max_tokens=3), epochs=4)
+    assert skipped == [0, 1, 1, 0]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    assert weights[3].isfinite().all()
+
+
+def test_five_such_updates_in_a_row_end_the_run(model: str, few_prompts: str, tmp_path: Path):
+    module = PolicyModule(model, Ruinous(list(range(1, 99))))
+    with pytest.raises(UserError, match=r"The gradient was nan in 5 updates in a row, up to phase 5. .* Lower"):
+        fit(module, few_prompts, tmp_path, epochs=9)
+    assert all(parameter.isfinite().all() for parameter in module.policy.parameters())
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

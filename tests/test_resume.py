@@ -42,7 +42,7 @@ def command(model: str, many_prompts: str) -> list[str]:
 def left_by(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]], dict[str, str]]:
     """Weights, metrics without what a clock says, and sampled text of a run."""
     rows: list[dict[str, str]] = []
-    for path in [*sorted(run.glob("metrics-*.csv")), run / "metrics.csv"]:
+    for path in [*sorted(run.glob("metrics-*.csv")), *run.glob("metrics.csv")]:
         with open(path, newline="") as file:
             part = [{k: v for k, v in row.items() if v and "seconds" not in k} for row in csv.DictReader(file)]
         first = min((int(row["step"]) for row in part), default=10**9)
@@ -194,3 +194,24 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(command: list[str], t
     _, metrics, _ = left_by(tmp_path / "run")
     assert [int(row["epoch"]) for row in metrics if "train/reward" in row] == [0, 1, 2]
     assert (tmp_path / "run" / "config-000.yaml").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_go_on_as_if_not_stopped(strategy: str, command: list[str], tmp_path: Path):
+    """Sharded checkpoints, a reference, and a clipped gradient; nothing but a flag tells the strategies apart."""
+    command = [
+        sys.executable,
+        "-m",
+        "lit_grpo",
+        *command,
+        "--ckpt_path=last",
+        "--data.val=null",
+        "--model.loss.beta=0.1",
+    ]
+    command += [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.gradient_clip_val=0.5"]
+    for run, ends in (("whole", [4]), ("halved", [2, 4])):
+        for end in ends:
+            arguments = [*command, f"--run_dir={tmp_path / run}", f"--trainer.max_epochs={end}"]
+            subprocess.run(arguments, check=True, env=ENVIRONMENT, timeout=200)
+    assert same(tmp_path / "whole", tmp_path / "halved")
+    assert (tmp_path / "whole" / "checkpoints" / "phase-00004.ckpt").is_dir() == (strategy == "fsdp2")
