@@ -11,6 +11,7 @@ from callbacks.results import Results
 from callbacks.rollout import HFRollout, Rollout, VLLMRollout
 from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
+from callbacks.stop_on_signal import StopOnSignal
 
 __all__ = [
     "Checkpoints",
@@ -22,5 +23,6 @@ __all__ = [
     "Rollout",
     "SampleTable",
     "SavePretrained",
+    "StopOnSignal",
     "VLLMRollout",
 ]

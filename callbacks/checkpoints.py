@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 
 
@@ -32,10 +33,11 @@ class Checkpoints(L.Callback):
             if value < 1:
                 raise UserError(f"checkpoint.{key}: expected a whole number >= 1, got {value}.")
         self.every_n_phases, self.keep = every_n_phases, keep
+        self.folder = Path("checkpoints")
+        self.done_before = float("inf")  # until training starts
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        self.done_before: float = float("inf")  # until training starts
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.done_before = trainer.current_epoch
@@ -44,10 +46,20 @@ class Checkpoints(L.Callback):
         if trainer.current_epoch % self.every_n_phases == 0 and trainer.current_epoch > self.done_before:
             self.save(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what is done last: a run that has this checkpoint has all else."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, after SavePretrained: a run that has this checkpoint has nothing left to do."""
         if trainer.current_epoch > self.done_before:
             self.save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save what was before a phase that is given up in good order, and say how to go on after anything else."""
+        if isinstance(exception, Stopped) and trainer.current_epoch > self.done_before:
+            self.save(trainer)
+        elif trainer.state.fn == "fit" and (saved := checkpoints_in(self.folder)):
+            rank_zero_info(
+                f"{saved[0]} is kept. To go on, repeat the command with --run_dir {trainer.default_root_dir}"
+                " --ckpt_path last"
+            )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say of Lightning's loop that it is between two phases, whatever hook saves."""

@@ -52,6 +52,9 @@ class Results(L.Callback):
     what they depend on.
     """
 
+    def __init__(self) -> None:
+        self.folder = Path("results")
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "results"
         limit = trainer.limit_test_batches

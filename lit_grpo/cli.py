@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -27,10 +28,12 @@ from callbacks import (  # noqa: F401
     Rollout,
     SampleTable,
     SavePretrained,
+    StopOnSignal,
     VLLMRollout,
 )
 from callbacks.checkpoints import latest_whole
 from lit_grpo import data, losses, strategies  # noqa: F401  their short names in YAML are those of what is imported
+from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 from lit_grpo.module import PolicyModule
 
@@ -57,6 +60,10 @@ def forget_settings_of_another_loss() -> None:
 
 
 forget_settings_of_another_loss()
+
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code after a checkpoint was saved because a signal asked for it."""
 
 
 class Parser(LightningArgumentParser):
@@ -143,6 +150,11 @@ class CLI(LightningCLI):
         if rank_zero_only.rank == 0:
             prepare_run_dir(self.run_dir, goes_on, keep_log=self.subcommand == "test")
 
+    def after_fit(self) -> None:
+        """End as a program that was told to, if it was."""
+        if any(isinstance(callback, StopOnSignal) and callback.told for callback in self.trainer.callbacks):
+            sys.exit(STOPPED)
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         config["default_root_dir"] = str(self.run_dir)
         if config["logger"] is None:
@@ -157,7 +169,9 @@ class CLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]
         try:
-            return super()._instantiate_trainer(config, [*callbacks, SavePretrained(), LearningCurve(), Results()])
+            return super()._instantiate_trainer(
+                config, [StopOnSignal(), SavePretrained(), *callbacks, LearningCurve(), Results()]
+            )
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
 
@@ -238,7 +252,10 @@ def run(args: list[str]) -> CLI:
     """Run one command line and return what it built."""
     keep_quiet()
     sys.path.append(os.getcwd())  # losses and rewards of the user's own; last, so that it shadows nothing
-    return CLI(args)
+    try:
+        return CLI(args)
+    except Stopped:
+        sys.exit(STOPPED)
 
 
 def keep_quiet() -> None:

@@ -32,7 +32,10 @@ def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, acc
         overfit_batches=0.0,
         current_epoch=0,
         strategy=SimpleNamespace(
-            reduce=lambda x, reduce_op: x * world, all_gather=lambda x: x.expand(world, *x.shape), root_device="cpu"
+            reduce=lambda x, reduce_op: x * world,
+            reduce_boolean_decision=lambda decision, all: decision,
+            all_gather=lambda x: x.expand(world, *x.shape),
+            root_device="cpu",
         ),
     )
     data.setup("fit")

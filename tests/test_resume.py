@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 
 from callbacks.checkpoints import Checkpoints, damage, latest_whole
 from lit_grpo.__main__ import main
+from lit_grpo.engines import HFEngine
+from lit_grpo.module import PolicyModule
 
 
 @pytest.fixture
@@ -215,3 +217,34 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, command: list[str]
             subprocess.run(arguments, check=True, env=ENVIRONMENT, timeout=200)
     assert same(tmp_path / "whole", tmp_path / "halved")
     assert (tmp_path / "whole" / "checkpoints" / "phase-00004.ckpt").is_dir() == (strategy == "fsdp2")
+
+
+@pytest.mark.parametrize("signal_sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["sampling", "training"])
+def test_told_to_end_it_saves_and_goes_on_as_if_not(
+    moment: str, signal_sent: int, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Sampling is given up, so the checkpoint is of the moment before the phase; updates are made to the end."""
+    command = [*command, "--checkpoint.every_n_phases=50", "--ckpt_path=last"]
+    main([*command, f"--run_dir={tmp_path / 'whole'}"])
+    told = [*command, f"--run_dir={tmp_path / 'told'}"]
+    with monkeypatch.context() as patch:
+        owner, name = (HFEngine, "_generate") if moment == "sampling" else (PolicyModule, "training_step")
+        original, calls = getattr(owner, name), []
+
+        def tell(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) == 9:
+                os.kill(os.getpid(), signal_sent)
+            return original(*arguments, **options)
+
+        patch.setattr(owner, name, tell)
+        handler = signal.getsignal(signal_sent)
+        with pytest.raises(SystemExit) as stop:
+            main(told)
+        assert stop.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal_sent) is handler
+    assert len(list((tmp_path / "told" / "checkpoints").iterdir())) == 1
+    assert not (tmp_path / "told" / "pretrained").exists()
+    main(told)
+    assert same(tmp_path / "whole", tmp_path / "told")

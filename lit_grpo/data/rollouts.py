@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.data.types import Batch, Group
 from lit_grpo.distributed import gather_objects
-from lit_grpo.engines.base import Engine, Sampling
+from lit_grpo.engines.base import Engine, Sampling, Stopped, never
 from lit_grpo.errors import UserError
 
 
@@ -68,6 +68,8 @@ class RolloutData(PromptData):
                 f"data.init_args.max_rollouts: got {max_rollouts}; expected at least the {least} of prompts_per_phase x"
                 " group_size, together with resample_ties: true."
             )
+        self.stop_wanted: Callable[[], bool] = never
+        """Asked while a phase is sampled whether to give it up."""
         self.rollouts = 0
         """Completions sampled in the latest phase by all processes."""
 
@@ -164,7 +166,7 @@ class RolloutData(PromptData):
             if not places:
                 break
             share = {drawn + i: prompt for i, (_, prompt) in enumerate(places) if i % world == rank}
-            replacements, more = self.sample(engine, sampling, "train", phase, share, self.group_size)
+            replacements, more = self.sample_phase(engine, sampling, phase, share)
             samples, stats = samples + self.samples, {name: stats[name] + more[name] for name in stats}
             for part in gather_objects(dict(zip(share, replacements, strict=True)), world):
                 for position, group in part.items():
@@ -179,12 +181,31 @@ class RolloutData(PromptData):
             "rollouts_per_group": drawn / self.prompts_per_phase,
         }
 
+    def sample_phase(
+        self, engine: Engine, sampling: Sampling, phase: int, prompts: dict[int, Prompt]
+    ) -> tuple[list[Group], dict[str, float]]:
+        """As ``sample``, for prompts to train on.
+
+        Raises:
+            Stopped: on all processes, if one of them is to stop.
+        """
+        engine.stop = self.stop_wanted
+        try:
+            sampled = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
+        except Stopped:
+            sampled = None
+        finally:
+            engine.stop = never
+        if self.trainer.strategy.reduce_boolean_decision(sampled is None, all=False) or sampled is None:
+            raise Stopped
+        return sampled
+
     def collect(self, engine: Engine, sampling: Sampling, phase: int) -> None:
         """Sample and score a phase's rollouts, this rank's share, and fill the train loader and ``stats``."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         loss, accumulate = self.trainer.lightning_module.loss, self.trainer.accumulate_grad_batches
         prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
-        groups, stats = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
+        groups, stats = self.sample_phase(engine, sampling, phase, prompts)
         self.rollouts = self.prompts_per_phase * self.group_size
         rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # before ties are replaced
         if self.resample_ties:

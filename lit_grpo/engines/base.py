@@ -53,6 +53,14 @@ class Sampling:
                 )
 
 
+class Stopped(Exception):
+    """Sampling was given up because the run is to end in good order."""
+
+
+def never() -> bool:
+    return False
+
+
 class Deadline:
     """The time within which a block must be over.
 
@@ -61,13 +69,14 @@ class Deadline:
 
     Args:
         seconds: from the start of the block.
+        stop: says whether the block is to be given up at once.
     """
 
     grace = 60.0
     """Seconds that one call may go on after the time is over."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, stop: Callable[[], bool] = never) -> None:
+        self.seconds, self.stop = seconds, stop
         self.what: Callable[[], str] = lambda: "it did not begin"
 
     def __enter__(self) -> Deadline:
@@ -84,9 +93,12 @@ class Deadline:
         """Give up what has not finished.
 
         Raises:
+            Stopped: if the block is to be given up.
             UserError: if the time is over; ``what`` names the prompt and how far it came.
         """
         self.what = what
+        if self.stop():
+            raise Stopped
         if time.monotonic() > self.end:
             raise UserError(self.message())
 
@@ -119,6 +131,8 @@ class Engine(ABC):
 
     def __init__(self, context: int, timeout: float = 1500.0) -> None:
         self.context, self.timeout = context, timeout
+        self.stop: Callable[[], bool] = never
+        """Asked at every step of a generation whether to give it up."""
 
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
@@ -138,6 +152,7 @@ class Engine(ABC):
             filtering, that is, under the distribution they were drawn from.
 
         Raises:
+            Stopped: if ``stop`` says so.
             UserError: if a prompt is empty or leaves no room for ``max_tokens``, the engine fails, or time is over.
             ValueError: if there is not one seed for each prompt, or n is below 1.
         """
@@ -154,7 +169,7 @@ class Engine(ABC):
                 )
         if not prompts:
             return []
-        with Deadline(self.timeout) as deadline:
+        with Deadline(self.timeout, self.stop) as deadline:
             deadline.what = lambda: f"reading prompts, the first {prompts[0]}"
             if sampling.temperature > 0:
                 return self._generate(prompts, n, sampling, seeds, deadline)

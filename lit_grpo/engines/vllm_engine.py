@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 from lit_grpo.data.types import Completion
-from lit_grpo.engines.base import Deadline, Engine, Sampling
+from lit_grpo.engines.base import Deadline, Engine, Sampling, Stopped
 from lit_grpo.errors import UserError
 
 SUPPORTED = SpecifierSet(">=0.22,<0.34")
@@ -139,7 +139,7 @@ class VLLMEngine(Engine):
                     for output in engine.step():
                         if output.finished:
                             finished[int(output.request_id)] = [_completion(sample) for sample in output.outputs]
-        except UserError:
+        except (UserError, Stopped):
             engine.abort_request([str(i) for i in range(len(prompts)) if i not in finished])
             raise
         except Exception as error:
