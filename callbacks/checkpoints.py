@@ -121,7 +121,10 @@ def latest_whole(folder: Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Every byte is read and compared with its checksum."""
+    """What is wrong with a checkpoint, or None.
+
+    Every byte of a file is read and compared with its checksum; of a sharded one, the small files only.
+    """
     files = [path] if path.is_file() else [path / "meta.pt"]
     if path.is_dir() and not (path / ".metadata").exists():
         return "it has no .metadata"

@@ -114,18 +114,19 @@ class PhaseProgress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self.start_evaluation(trainer, "val")
+            self.start_evaluation(trainer)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start_evaluation(trainer, "test")
+        self.start_evaluation(trainer)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start_evaluation(trainer, "predict")
+        self.start_evaluation(trainer)
 
-    def start_evaluation(self, trainer: L.Trainer, split: str) -> None:
-        """Show a bar over the problems of all sets of a split."""
-        self.sets = {key: prompts for key, prompts in trainer.datamodule.prompts.items() if key.split("/")[0] == split}
-        self.start("problem", 0, sum(map(len, self.sets.values())))
+    def start_evaluation(self, trainer: L.Trainer) -> None:
+        """Show a bar over all problems."""
+        data: Any = trainer.datamodule
+        self.sets = data.held_out(trainer.state.fn)
+        self.start("problem", 0, sum(len(data.prompts[key]) for key in self.sets))
         self.done = 0
         if self.bar is not None and self.bar.disable and not self.hidden:
             print(f"answering {self.total} problems", file=sys.stderr, flush=True)
@@ -156,7 +157,7 @@ class PhaseProgress(ProgressBar):
         """Say what this process, and so about every one, has got done."""
         if self.bar is None or self.hidden or self.total is None:
             return
-        key = list(self.sets)[index]
+        key = self.sets[index]
         count = min(len(batch.places) * trainer.world_size, self.total - self.done)
         before = trainer.datamodule.answered.get(key, {})
         restored = sum(place in before for place in batch.places) * trainer.world_size  # which took no time

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.rollout import Rollout
 from lit_grpo.data import Answers, PromptData, Sample
-from lit_grpo.distributed import gather_objects
+from lit_grpo.distributed import gather_dicts
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
 from lit_grpo.files import whole
@@ -125,21 +125,16 @@ class Results(L.Callback):
     ) -> None:
         name, data = self.names[dataloader_idx], trainer.datamodule
         prompts, before = data.prompts[f"test/{name}"], data.answered[f"test/{name}"]
-        shares = gather_objects(dict(zip(batch.places, batch.samples, strict=True)), trainer.world_size)
-        rows = [
-            row_of(place, prompts[place].id, samples)
-            for share in shares
-            for place, samples in share.items()
-            if place not in before
-        ]
+        part = gather_dicts(dict(zip(batch.places, batch.samples, strict=True)), trainer.world_size)
+        rows = [row_of(place, prompts[place].id, part[place]) for place in sorted(part) if place not in before]
         if trainer.is_global_zero and rows:
-            self.write(self.folder / "unfinished" / name / f"{min(row['place'] for row in rows):06d}.parquet", rows)
+            self.write(self.folder / "unfinished" / name / f"{rows[0]['place']:06d}.parquet", rows)
 
     def write(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Write problems in the order of their places."""
+        """Write problems, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as unfinished:
-            pq.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: row["place"]), PROBLEM), unfinished)
+            pq.write_table(pa.Table.from_pylist(rows, PROBLEM), unfinished)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "test" and any((self.folder / "unfinished").rglob("*.parquet")):

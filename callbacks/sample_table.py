@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_grpo.data import Answers, PromptData, RolloutData, Sample
-from lit_grpo.distributed import gather_objects
+from lit_grpo.distributed import gather_dicts, gather_objects
 from lit_grpo.errors import UserError
 
 
@@ -47,10 +47,7 @@ class SampleTable(L.Callback):
     ) -> None:
         """Write the completions of a part, in the order of the prompts."""
         prompts = trainer.datamodule.prompts["predict"]
-        mine = dict(zip(batch.places, batch.samples, strict=True))
-        part = {
-            place: samples for share in gather_objects(mine, trainer.world_size) for place, samples in share.items()
-        }
+        part = gather_dicts(dict(zip(batch.places, batch.samples, strict=True)), trainer.world_size)
         if trainer.is_global_zero:
             rows = [{"id": prompts[place].id} | asdict(sample) for place in sorted(part) for sample in part[place]]
             self.write_rows(trainer, rows, "predict", "a" if batch_idx else "w")

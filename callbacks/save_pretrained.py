@@ -15,7 +15,7 @@ class SavePretrained(L.Callback):
     """Writes ``pretrained/`` into the run folder when training ends: ``transformers`` and vLLM load it by its path."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if any(isinstance(callback, StopOnSignal) and callback.told for callback in trainer.callbacks):
+        if any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks):
             return  # there is only time for a checkpoint
         weights = dict(full_weights(pl_module.policy))  # all ranks take part
         if trainer.is_global_zero:

@@ -22,25 +22,27 @@ class StopOnSignal(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.told: int | None = None
-        """The signal, once there was one."""
+        self.told = False
+        """Whether this process got a signal."""
+        self.stopping = False
+        """Whether the run ends for it, which all processes know alike."""
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # In the place of Lightning's own, which talks to other processes from inside a handler, and saves in a phase.
         def note(number: int, _: Any) -> None:
-            if self.told is None and (launcher := trainer.strategy.launcher) is not None:
+            if not self.told and (launcher := trainer.strategy.launcher) is not None:
                 launcher.kill(number)  # of processes that this one started
-            self.told = number
+            self.told = True
 
         if threading.current_thread() is threading.main_thread():  # no other may
             self.handlers = {number: signal.signal(number, note) for number in SIGNALS}
         if isinstance(data := trainer.datamodule, RolloutData):
-            data.stop_wanted = lambda: self.told is not None
+            data.stop_wanted = lambda: self.told
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.strategy.reduce_boolean_decision(self.told is not None, all=False):
-            trainer.should_stop = True
+        if trainer.strategy.reduce_boolean_decision(self.told, all=False):
+            self.stopping = trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.give_back()

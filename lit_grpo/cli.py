@@ -152,7 +152,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """End as a program that was told to, if it was."""
-        if any(isinstance(callback, StopOnSignal) and callback.told for callback in self.trainer.callbacks):
+        if any(isinstance(callback, StopOnSignal) and callback.stopping for callback in self.trainer.callbacks):
             sys.exit(STOPPED)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:

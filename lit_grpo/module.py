@@ -105,8 +105,7 @@ class PolicyModule(L.LightningModule):
                 f"model.pass_at: Pass@{bad[0]} needs from 1 to data.init_args.samples_per_prompt, {n}, completions of"
                 " each prompt. Raise that, or leave it out."
             )
-        split = "val" if stage in ("fit", "validate") else stage
-        keys = [key for key in getattr(data, "prompts", {}) if key.split("/")[0] == split]
+        keys = data.held_out(stage) if hasattr(data, "held_out") else []
         majority = getattr(data, "answers_are_read", False)
         self.scores = nn.ModuleDict({key: Scores(n, pass_at, majority) for key in keys})
 

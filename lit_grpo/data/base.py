@@ -101,8 +101,7 @@ class PromptData(L.LightningDataModule):
         """Samples of benchmarks by the place of the prompt, from before an interruption."""
 
     def setup(self, stage: str) -> None:
-        stage = str(getattr(stage, "value", stage))  # Lightning passes an enumeration
-        split = "val" if stage in ("fit", "validate") else stage
+        stage, split = str(getattr(stage, "value", stage)), split_of(stage)
         chosen = {key: source for key, source in self.sources.items() if key.split("/")[0] == split and source}
         if not chosen and stage != "fit":
             if self.sources["val"] is None:
@@ -116,7 +115,7 @@ class PromptData(L.LightningDataModule):
         self.sources |= chosen
         for key, source in chosen.items():
             self.prompts[key] = self.load_prompts(source, yaml_key(key), scored=split != "predict")
-            self.loaders[key] = LazyLoader(self.parts(self.prompts[key]), functools.partial(self.answer, key))
+            self.loaders[key] = LazyLoader(self.chunks(self.prompts[key]), functools.partial(self.answer, key))
         if stage != "predict":
             self.check_reward()
 
@@ -331,8 +330,12 @@ class PromptData(L.LightningDataModule):
                 totals[name] = before[0] + total, before[1] + count
         return {name: total / count for name, (total, count) in sorted(totals.items())}
 
-    def parts(self, prompts: list[Prompt]) -> list[dict[int, Prompt]]:
-        """Held-out prompts by their place, this rank's share, in parts that are answered one after the other."""
+    def held_out(self, stage: str) -> list[str]:
+        """Keys of the prompts of a stage, several of ``test``; ``fit`` has those of validation."""
+        return [key for key in self.prompts if key.split("/")[0] == split_of(stage)]
+
+    def chunks(self, prompts: list[Prompt]) -> list[dict[int, Prompt]]:
+        """Held-out prompts by their place, this rank's share, in chunks that are answered one after the other."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         size, placed = world * max(1, COMPLETIONS_AT_ONCE // self.samples_per_prompt), list(enumerate(prompts))
         return [dict(placed[i : i + size][rank::world]) for i in range(0, len(placed), size)]
@@ -355,18 +358,20 @@ class PromptData(L.LightningDataModule):
             self.samples = before + self.samples
         return Answers(list(prompts), groups)
 
-    def eval_loaders(self, split: str) -> list[Any]:
-        """The loaders of a split, several of ``test``; each item is an :class:`~lit_grpo.data.types.Answers`."""
-        return [loader for key, loader in self.loaders.items() if key.split("/")[0] == split]
-
     def val_dataloader(self) -> Any:
-        return self.eval_loaders("val")
+        return [self.loaders[key] for key in self.held_out("validate")]
 
     def test_dataloader(self) -> Any:
-        return self.eval_loaders("test")
+        return [self.loaders[key] for key in self.held_out("test")]
 
     def predict_dataloader(self) -> Any:
-        return self.eval_loaders("predict")
+        return [self.loaders[key] for key in self.held_out("predict")]
+
+
+def split_of(stage: str) -> str:
+    """Which prompts a stage of the Trainer answers; Lightning gives it as text or as an enumeration."""
+    name = str(getattr(stage, "value", stage))
+    return "val" if name in ("fit", "validate") else name
 
 
 def yaml_key(key: str) -> str:
