@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lit_grpo.data import Answers, RolloutData
+from lit_grpo.distributed import data_rank
 
 
 class PhaseProgress(ProgressBar):
@@ -70,7 +71,7 @@ class PhaseProgress(ProgressBar):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.bar is None or self.hidden:
             return
-        facts = ", ".join(self.facts(metrics, trainer.world_size))
+        facts = ", ".join(self.facts(metrics, data_rank(trainer)[1]))
         self.bar.set_postfix_str(facts, refresh=False)
         self.bar.update()
         if self.bar.disable:
@@ -158,9 +159,10 @@ class PhaseProgress(ProgressBar):
         if self.bar is None or self.hidden or self.total is None:
             return
         key = self.sets[index]
-        count = min(len(batch.places) * trainer.world_size, self.total - self.done)
+        world = data_rank(trainer)[1]
+        count = min(len(batch.places) * world, self.total - self.done)
         before = trainer.datamodule.answered.get(key, {})
-        restored = sum(place in before for place in batch.places) * trainer.world_size  # which took no time
+        restored = sum(place in before for place in batch.places) * world  # which took no time
         self.done, self.first = self.done + count, min(self.done + count, self.first + restored)
         self.bar.initial = self.first
         rewards = [s.reward for samples in batch.samples for s in samples if s.reward is not None]

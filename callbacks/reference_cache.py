@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lit_grpo.data import PreferenceData
 from lit_grpo.data.collate import Row, collate, micro_batches
-from lit_grpo.distributed import gather_objects
+from lit_grpo.distributed import data_rank, gather_objects
 from lit_grpo.errors import UserError
 from lit_grpo.files import whole
 
@@ -96,18 +96,19 @@ class ReferenceCache(L.Callback):
 
     def compute(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Every process takes its share of the completions, in equally many passes."""
-        mine = self.rows[trainer.global_rank :: trainer.world_size]
+        rank, world = data_rank(trainer)
+        mine = self.rows[rank::world]
         tokens = sum(len(row) for row in self.rows)
-        passes = max(1, min(len(self.rows), tokens // TOKENS_PER_PASS) // trainer.world_size)
+        passes = max(1, min(len(self.rows), tokens // TOKENS_PER_PASS) // world)
         for part in tqdm(micro_batches(mine, passes), "Reference log-probs", disable=not trainer.is_global_zero):
             batch = collate(part, 1, 1).to(pl_module.device)
             logps = pl_module.logps_of(pl_module.reference, batch)
             lengths = [len(row.completion.token_ids) for row in part]
             for row, values in zip(part, logps[batch.mask].cpu().split(lengths), strict=True):
                 row.completion.ref_logps = values.tolist()
-        shares = gather_objects([row.completion.ref_logps for row in mine], trainer.world_size)
-        for rank, share in enumerate(shares):
-            for row, values in zip(self.rows[rank :: trainer.world_size], share, strict=True):
+        shares = gather_objects([row.completion.ref_logps for row in mine], trainer)
+        for other, share in enumerate(shares):
+            for row, values in zip(self.rows[other::world], share, strict=True):
                 row.completion.ref_logps = values
 
     def write(self) -> None:

@@ -125,7 +125,7 @@ class Results(L.Callback):
     ) -> None:
         name, data = self.names[dataloader_idx], trainer.datamodule
         prompts, before = data.prompts[f"test/{name}"], data.answered[f"test/{name}"]
-        part = gather_dicts(dict(zip(batch.places, batch.samples, strict=True)), trainer.world_size)
+        part = gather_dicts(dict(zip(batch.places, batch.samples, strict=True)), trainer)
         rows = [row_of(place, prompts[place].id, part[place]) for place in sorted(part) if place not in before]
         if trainer.is_global_zero and rows:
             self.write(self.folder / "unfinished" / name / f"{rows[0]['place']:06d}.parquet", rows)

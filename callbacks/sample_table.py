@@ -47,14 +47,14 @@ class SampleTable(L.Callback):
     ) -> None:
         """Write the completions of a part, in the order of the prompts."""
         prompts = trainer.datamodule.prompts["predict"]
-        part = gather_dicts(dict(zip(batch.places, batch.samples, strict=True)), trainer.world_size)
+        part = gather_dicts(dict(zip(batch.places, batch.samples, strict=True)), trainer)
         if trainer.is_global_zero:
             rows = [{"id": prompts[place].id} | asdict(sample) for place in sorted(part) for sample in part[place]]
             self.write_rows(trainer, rows, "predict", "a" if batch_idx else "w")
 
     def write(self, trainer: L.Trainer, samples: list[Sample], name: str) -> None:
         """Write the samples of all processes; all must take part."""
-        samples = [sample for part in gather_objects(samples, trainer.world_size) for sample in part]
+        samples = [sample for part in gather_objects(samples, trainer) for sample in part]
         if not trainer.is_global_zero:
             return
         self.write_rows(trainer, [asdict(sample) for sample in samples], name, "w")

@@ -32,7 +32,7 @@ from callbacks import (  # noqa: F401
     VLLMRollout,
 )
 from callbacks.checkpoints import latest_whole
-from lit_grpo import data, losses, strategies  # noqa: F401  their short names in YAML are those of what is imported
+from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 from lit_grpo.module import PolicyModule

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lit_grpo.data.types import Answers, Batch
+from lit_grpo.distributed import data_rank
 from lit_grpo.errors import UserError
+from lit_grpo.lora import LoRA, adapters_off
 from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
 from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import Scores
-from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, shard, stop_token_ids
+from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
+from lit_grpo.sharding import grad_norm
 
 MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
@@ -31,6 +32,7 @@ class PolicyModule(L.LightningModule):
     Args:
         model: folder or hub id of a causal language model with its tokenizer.
         loss: the objective; 2-GRPO if not given.
+        lora: train low-rank adapters instead of the weights; the reference is then the model without them.
         optimizer: of the policy's parameters. Adam without weight decay at 1e-6, the rate of most RL recipes.
         lr_scheduler: stepped once per optimizer step; constant if not given.
         gradient_checkpointing: recompute activations in the backward pass, for less memory and about a third more time.
@@ -48,6 +50,7 @@ class PolicyModule(L.LightningModule):
         self,
         model: str,
         loss: Loss | None = None,
+        lora: LoRA | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
@@ -58,7 +61,7 @@ class PolicyModule(L.LightningModule):
         old_policy: Literal["sampler", "trainer"] = "sampler",
     ) -> None:
         super().__init__()
-        self.log_entropy, self.old_policy = log_entropy, old_policy
+        self.log_entropy, self.old_policy, self.lora = log_entropy, old_policy, lora
         self.model_name, self.pass_at = model, pass_at
         self.loss: Loss = TwoGRPO() if loss is None else loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
@@ -71,10 +74,11 @@ class PolicyModule(L.LightningModule):
         self.tokenizer = load_tokenizer(model)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.policy: Policy | None = None
-        self.reference: Policy | None = None
+        self.reference: Policy | Callable[..., Any] | None = None
         self.reference_is_cached = False
         self.kl_baseline: Tensor | None = None
         self.skipped_in_a_row = 0
+        self.grad_norm: Tensor | None = None
 
     @property
     def context(self) -> int:
@@ -112,18 +116,22 @@ class PolicyModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning may call this twice
             return
-        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+        strategy = self.trainer.strategy
+        self.policy = load_policy(self.model_name, self.gradient_checkpointing, self.lora, strategy)
         needed = self.loss.needs_kl_baseline or (self.loss.needs_reference and not self.reference_is_cached)
         if needed and self.trainer.state.fn == "fit":
-            self.reference = load_reference(self.model_name)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for model in filter(None, (self.policy, self.reference)):
-                shard(model, self.device_mesh["data_parallel"])
+            self.reference = self.without_adapters if self.lora else load_reference(self.model_name, strategy)
+
+    def without_adapters(self, *batch: Any) -> Any:
+        """What the model says whose adapters are trained."""
+        assert self.policy is not None
+        with adapters_off(self.policy.lm):
+            return self.policy(*batch)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
         try:
-            optimizer = self.make_optimizer(self.policy.parameters())
+            optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer: {error}.") from error
         if self.make_scheduler is None:
@@ -137,11 +145,11 @@ class PolicyModule(L.LightningModule):
         assert self.policy is not None
         if batch.mismatched is not None:
             self.kl_baseline = self.estimate_kl_baseline(batch.mismatched)
-        entropy_wanted = self.loss.needs_entropy or self.log_entropy
-        logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted)
         ref_logps = batch.ref_logps
         if ref_logps is None and self.reference is not None:
             ref_logps = self.logps_of(self.reference, batch)
+        entropy_wanted = self.loss.needs_entropy or self.log_entropy
+        logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted)
         if batch_idx == 0 and batch.sampler_logps is not None:
             mismatch = self.check_mismatch(logps.detach(), batch)
             self.log_dict(
@@ -177,11 +185,12 @@ class PolicyModule(L.LightningModule):
             )
         self.log_metrics({"loss": output.loss.detach(), **diagnostics(inputs), **output.metrics})
         # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
-        return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return output.loss * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
 
     def log_metrics(self, metrics: Metrics) -> None:
         """Log a micro-batch's metrics, each in the way that ``LossOutput.metrics`` states."""
         updates = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        same_data = self.trainer.world_size // data_rank(self.trainer)[1]
         for name, value in metrics.items():
             reduce_fx, count = "mean", torch.ones(())
             if isinstance(value, tuple):
@@ -189,7 +198,7 @@ class PolicyModule(L.LightningModule):
                 value = value[0] / count.clamp(min=1)
             elif name.startswith("loss"):
                 # Shares add up over a step's micro-batches and ranks; the epoch's value is the mean over its steps.
-                reduce_fx, value = "sum", value / updates
+                reduce_fx, value = "sum", value / updates / same_data
             elif name.endswith(("_min", "_max")):
                 reduce_fx = name[-3:]
             self.log(
@@ -202,7 +211,7 @@ class PolicyModule(L.LightningModule):
                 batch_size=count,
             )
 
-    def logps_of(self, model: Policy, batch: Batch) -> Tensor:
+    def logps_of(self, model: Policy | Callable[..., Any], batch: Batch) -> Tensor:
         """Log-probs of a batch by the policy or the reference, without gradient, in a training step or outside."""
         with torch.no_grad(), self.trainer.strategy.precision_plugin.forward_context():
             logps, _ = model(batch.tokens, batch.mask, batch.temperature)
@@ -255,8 +264,8 @@ class PolicyModule(L.LightningModule):
         Random numbers of the phase, those of dropout, follow from the seed, the phase and the process alone.
         """
         assert self.policy is not None
-        seed = getattr(self.trainer.datamodule, "seed", 0)
-        torch.manual_seed(np.random.SeedSequence((seed, self.current_epoch, self.global_rank)).generate_state(1)[0])
+        seed, rank = getattr(self.trainer.datamodule, "seed", 0), data_rank(self.trainer)[0]
+        torch.manual_seed(np.random.SeedSequence((seed, self.current_epoch, rank)).generate_state(1)[0])
         if self.old_policy == "trainer":
             for batch in self.trainer.datamodule.sampled_batches():
                 if not batch.on_policy:
@@ -269,8 +278,7 @@ class PolicyModule(L.LightningModule):
             UserError: if several in a row would.
         """
         assert self.policy is not None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = norm = grad_norm(self.policy)
         finite = bool(norm.isfinite())  # on all processes alike: they have one gradient
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite:
@@ -284,6 +292,24 @@ class PolicyModule(L.LightningModule):
                 " They were left out, so the weights are as before. Lower model.optimizer's lr, or look for what the"
                 " loss divides by."
             )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm under every strategy: those of Lightning do not all know how."""
+        if gradient_clip_algorithm == "value" or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        assert self.policy is not None
+        assert self.grad_norm is not None
+        if self.grad_norm > gradient_clip_val:
+            factor = gradient_clip_val / self.grad_norm.item()
+            for parameter in self.policy.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
     def score(self, key: str, answers: Answers) -> None:
         """Count a batch of held-out prompts."""
@@ -329,11 +355,15 @@ class PolicyModule(L.LightningModule):
     def predict_step(self, answers: Answers, batch_idx: int) -> None:
         """Nothing is left to compute: the engine has answered, and the sample table writes the answers down."""
 
+    def changes(self, name: str) -> bool:
+        """Whether training changes what has this name in a state dict."""
+        return not name.startswith("reference.") and (self.lora is None or ".lora_" in name)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """All but the reference, which is loaded from its own folder."""
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("reference.")}
+        """What training changes: neither the reference, nor what adapters change, which have their own folder."""
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if self.changes(k)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what ``state_dict`` gave; the reference stays as it is."""
-        own = {k: v for k, v in super().state_dict().items() if k.startswith("reference.")}
+        """Load what ``state_dict`` gave; the rest stays as it is."""
+        own = {k: v for k, v in super().state_dict().items() if not self.changes(k)}
         return super().load_state_dict({**own, **state_dict}, strict, assign)

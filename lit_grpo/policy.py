@@ -9,9 +9,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
 
 from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
+from lit_grpo.lora import LoRA, add_adapters, draw_adapters
+from lit_grpo.sharding import decoder_layers, parameters_without_memory, reader, share_out, shares_out
 
 
 class Policy(nn.Module):
@@ -40,21 +43,20 @@ class Policy(nn.Module):
         return completion_logps(hidden, tokens, mask, self.lm.get_output_embeddings(), temperature, softcap, entropy)
 
 
-def shard(policy: Policy, mesh: Any) -> None:
-    """Share a policy's parameters out between the processes of a device mesh (FSDP2), one decoder layer at a time."""
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in policy.lm.base_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
-
-
-def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
+def load_policy(
+    model: str, gradient_checkpointing: bool = False, lora: LoRA | None = None, strategy: Any = None
+) -> Policy:
     """The policy to train: float32 weights, train mode, dropout off.
 
     Float32 because at the learning rates of RL an update of a bfloat16 weight rounds to nothing; ``precision:
     bf16-mixed`` computes in bfloat16 all the same. Dropout off because the ratio between two policies means nothing if
     each draws its own mask.
+
+    Args:
+        model: folder or hub id.
+        gradient_checkpointing: recompute activations in the backward pass.
+        lora: adapters that are trained instead of the weights.
+        strategy: Lightning's; where it shares parameters out, no process ever holds all of them.
 
     Raises:
         UserError: if the model cannot be loaded.
@@ -66,20 +68,44 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
         ):
             setattr(config, name, 0.0)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+        if not shares_out(strategy):
+            policy = prepared(load_lm(model, config), gradient_checkpointing, lora)
+            for number, (_, layer) in enumerate(decoder_layers(policy)):
+                draw_adapters(layer, number)
+            return policy
+        with no_init_weights(), parameters_without_memory():
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            lm.tie_weights()
+        read = reader(model, {name for name, _ in lm.named_parameters()})
+        if read is None:  # old files, whose names from_pretrained translates
+            read = load_lm(model, config).state_dict().__getitem__
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.model: cannot load the weights of {model!r}: {error}") from error
+    with parameters_without_memory():
+        policy = prepared(lm, gradient_checkpointing, lora)
+    return share_out(policy, strategy, read)
+
+
+def load_lm(model: str, config: Any) -> Any:
+    """The language model, in float32."""
+    return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+
+
+def prepared(lm: Any, gradient_checkpointing: bool, lora: LoRA | None) -> Policy:
+    """The policy that a language model becomes."""
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if lora is not None:
+        add_adapters(lm, lora)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(lm).train()
 
 
-def load_reference(model: str) -> Policy:
+def load_reference(model: str, strategy: Any = None) -> Policy:
     """The same model, frozen, in eval mode."""
-    return load_policy(model).eval().requires_grad_(False)
+    return load_policy(model, strategy=strategy).eval().requires_grad_(False)
 
 
 def load_config(model: str) -> Any:

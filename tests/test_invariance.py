@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ENVIRONMENT, quiet_trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import enable_wrap
 
 from callbacks import ReferenceCache, Rollout
 from lit_grpo.data import PreferenceData, Preferences, RolloutData, Sample, Source
-from lit_grpo.data.types import Completion
-from lit_grpo.engines import Deadline, Engine, Sampling
+from lit_grpo.data.collate import step_batches
+from lit_grpo.data.types import Batch, Completion
+from lit_grpo.engines import Deadline, Engine, Sampling, full_weights
+from lit_grpo.lora import LoRA
 from lit_grpo.losses import DAPO, DPO, GRPO, IPO, KTO, SFT, TwoGRPO, WeightedSum
 from lit_grpo.module import PolicyModule
+from lit_grpo.policy import load_policy, load_reference
 
 
 class ScriptedEngine(Engine):
@@ -68,21 +82,55 @@ METRICS = {f"train/{name}" for name in ("loss", "margin", "reward_accuracy", "re
 GROUPS_OF_TWO = {"2-grpo", "2-grpo and sft"}
 
 
-class Float64Module(PolicyModule):
-    """The same module in float64, with a reference that is not the policy, so that losses depend on it."""
+class Module(PolicyModule):
+    """The module in another precision, with a reference that is not the policy, so that losses depend on it."""
+
+    double_precision = True
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.double()
-        if self.reference is not None:
-            g = torch.Generator().manual_seed(1)
-            for p in self.reference.parameters():
-                p.add_(0.03 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+        if self.double_precision:
+            self.double()
+            for model in [self.policy] + ([] if self.lora or not self.reference else [self.reference]):
+                for norm in (m for m in model.modules() if type(m).__name__ == "Qwen2RMSNorm"):
+                    norm.forward = functools.partial(norm_in_own_precision, norm)
 
     def estimate_kl_baseline(self, batches) -> Tensor:
         baseline = super().estimate_kl_baseline(batches)
         assert baseline > 0.01  # at 0 it is clamped, and a test of it would see nothing
         return baseline
+
+
+def norm_in_own_precision(norm: Any, x: Tensor) -> Tensor:
+    """The model's own norm computes in float32, whose roundings depend on the batch."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+@contextmanager
+def another_reference(model: str, folder: Path) -> Iterator[None]:
+    """Have references loaded from a model that is a little different."""
+    other = folder / "reference"
+    if rank() == 0 and not other.exists():
+        lm = load_policy(model).lm
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in lm.parameters():
+                p.add_(0.03 * torch.randn(p.shape, generator=g))
+        lm.save_pretrained(folder / "unfinished")
+        (folder / "unfinished").rename(other)
+    with mock.patch("lit_grpo.module.load_reference", lambda _, strategy: load_reference(str(other), strategy)):
+        yield
+
+
+class Keep(Callback):
+    """Takes the full weights while processes still share them."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights = {name: tensor.detach().clone() for name, tensor in full_weights(pl_module.policy)}
+
+
+def rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def train(
@@ -95,29 +143,35 @@ def train(
     offline: str | None = None,
     callbacks: Sequence[Callback] = (),
     resample: bool = False,
+    double: bool = True,
+    lora: LoRA | None = None,
     **options,
 ) -> dict[str, Tensor]:
-    """Weights and metrics after one phase of eight prompts, or after one step on eight pairs of a file."""
+    """Weights and metrics after one phase of sixteen prompts, or after one step on eight pairs of a file."""
     loss = LOSSES[name]()
     if keep_zeros:
         loss.drops_zero_advantages = False
-    module = Float64Module(model, loss, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_mismatch=100)
+    L.seed_everything(0, verbose=False)
+    module = Module(model, loss, lora, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_mismatch=100)
+    module.double_precision = double
     if offline is None:
         data = RolloutData(
             Source(prompts),
             reward=even_first_digit,
-            prompts_per_phase=8,
+            prompts_per_phase=16,
             group_size=2 if name in GROUPS_OF_TWO else 4,
             updates_per_phase=updates,
             resample_ties=resample,
         )
     else:
         data = PreferenceData(Preferences(offline), batch_size=8)
-    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12), *callbacks], **options)
-    trainer.fit(module, datamodule=data)
-    weights = {name: tensor.detach() for name, tensor in module.policy.state_dict().items()}
+    keep = Keep()
+    callbacks = [ScriptedRollout(max_tokens=12), *callbacks, keep]
+    trainer = quiet_trainer(folder, max_epochs=1, callbacks=callbacks, **options)
+    with another_reference(model, folder):
+        trainer.fit(module, datamodule=data)
     metrics = {name: value for name, value in trainer.callback_metrics.items() if name in METRICS}  # on every rank
-    return weights | metrics
+    return keep.weights | metrics
 
 
 def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -138,11 +192,11 @@ def pairs(tmp_path: Path) -> str:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("updates", [1, 2])
 def test_accumulation_and_skipping_change_nothing(
-    model: str, few_prompts: str, tmp_path: Path, loss: str, updates: int
+    model: str, many_prompts: str, tmp_path: Path, loss: str, updates: int
 ):
-    whole = train(model, few_prompts, tmp_path, loss, keep_zeros=True, updates=updates)
+    whole = train(model, many_prompts, tmp_path, loss, keep_zeros=True, updates=updates)
     for accumulate in (1, 2, 4):
-        cut = train(model, few_prompts, tmp_path, loss, updates=updates, accumulate_grad_batches=accumulate)
+        cut = train(model, many_prompts, tmp_path, loss, updates=updates, accumulate_grad_batches=accumulate)
         assert furthest(whole, cut) < 1e-12
 
 
@@ -155,54 +209,133 @@ def test_accumulation_changes_nothing_offline(model: str, pairs: str, tmp_path: 
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_update_is_not_nothing(model: str, few_prompts: str, tmp_path: Path, loss: str):
-    from lit_grpo.policy import load_policy
+def test_order_and_padding_of_micro_batches_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, model: str, many_prompts: str, tmp_path: Path, loss: str
+):
+    whole = train(model, many_prompts, tmp_path, loss, updates=2, accumulate_grad_batches=4)
 
-    moved = train(model, few_prompts, tmp_path, loss)
-    assert furthest(load_policy(model).double().state_dict(), moved) > 1e-4
+    def turned_and_padded(*arguments) -> list[Batch]:
+        batches = step_batches(*arguments)
+        mismatched, batches[0].mismatched = batches[0].mismatched, None
+        batches = [padded(batch) for batch in reversed(batches)]
+        batches[0].mismatched = mismatched
+        return batches
+
+    def padded(batch: Batch) -> Batch:
+        assert batch.sampler_logps is not None
+        tokens, mask, logps = (F.pad(x, (0, 7)) for x in (batch.tokens, batch.mask, batch.sampler_logps))
+        return replace(batch, tokens=tokens, mask=mask, sampler_logps=logps)
+
+    monkeypatch.setattr("lit_grpo.data.rollouts.step_batches", turned_and_padded)
+    turned = train(model, many_prompts, tmp_path, loss, updates=2, accumulate_grad_batches=4)
+    assert furthest(whole, turned) < 1e-12
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_update_is_not_nothing(model: str, many_prompts: str, tmp_path: Path, loss: str):
+    moved = train(model, many_prompts, tmp_path, loss)
+    assert furthest(dict(full_weights(load_policy(model))), moved) > 1e-4
 
 
 @pytest.mark.parametrize("chunk", [18, 18 * 7])
 def test_chunk_size_of_the_log_probs_changes_nothing(
-    monkeypatch, model: str, few_prompts: str, tmp_path: Path, chunk: int
+    monkeypatch, model: str, many_prompts: str, tmp_path: Path, chunk: int
 ):
     import lit_grpo.logprobs
 
     loss = "grpo batch, entropy, tis"
-    whole = train(model, few_prompts, tmp_path, loss)
+    whole = train(model, many_prompts, tmp_path, loss)
     monkeypatch.setattr(lit_grpo.logprobs, "CHUNK_LOGITS", chunk)
-    assert furthest(whole, train(model, few_prompts, tmp_path, loss)) < 1e-12
+    assert furthest(whole, train(model, many_prompts, tmp_path, loss)) < 1e-12
 
 
-def test_processes_change_nothing(model: str, few_prompts: str, many_prompts: str, pairs: str, tmp_path: Path):
-    """Two real processes under DDP make the update of one; they also run equally many passes, or they would hang.
+class FSDPOnCPU(FSDPStrategy):
+    """FSDP1, for which Lightning and torch want a GPU."""
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        device = torch.device("cpu")
+        with enable_wrap(wrapper_cls=FullyShardedDataParallel, device_id=device, **self.kwargs):
+            yield
+
+
+LAYOUTS = {
+    "ddp 2": (2, lambda: "ddp"),
+    "ddp 4": (4, lambda: "ddp"),
+    "fsdp 2": (2, lambda: FSDPOnCPU(process_group_backend="gloo")),
+    "fsdp2 2": (2, lambda: "fsdp2"),
+    "fsdp2 4": (4, lambda: "fsdp2"),
+    "tensor 2": (1, lambda: ModelParallelStrategy(1, 2, process_group_backend="gloo")),
+    "fsdp2 2 x tensor 2": (2, lambda: ModelParallelStrategy(2, 2, process_group_backend="gloo")),
+}
+"""How many parts the data are in, and the strategy."""
+
+
+PRECISIONS = {"fsdp 2": (False,), "fsdp2 2": (True, False)}  # FSDP1 does not take another one later
+
+
+def cases(layout: str, job: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of runs, which one process repeats, and their arguments."""
+    for loss in LOSSES if "tensor" not in layout else ("2-grpo", "grpo kl", "dpo", "kto"):
+        yield loss, {"prompts": job["many"], "name": loss}
+    yield "2-grpo resampled", {"prompts": job["many"], "name": "2-grpo", "resample": True}
+    yield "kto offline", {"prompts": "", "name": "kto", "offline": job["pairs"]}
+    if "tensor" not in layout:
+        yield "adapters", {"prompts": job["many"], "name": "grpo kl", "lora": LoRA(r=4, alpha=64)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_change_nothing(layout: str, model: str, many_prompts: str, pairs: str, tmp_path: Path):
+    """Real processes make the update of one; they also run equally many passes, or they would hang.
 
     The exception is KTO on rollouts: its baseline pairs prompts with completions of the same process.
     """
-    job = {"model": model, "prompts": few_prompts, "many": many_prompts, "pairs": pairs, "folder": str(tmp_path)}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=400, env=ENVIRONMENT)
+    job = {"model": model, "many": many_prompts, "pairs": pairs, "folder": str(tmp_path), "layout": layout}
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=500, env=ENVIRONMENT)
     split = torch.load(tmp_path / "split.pt")
-    for loss in LOSSES:
-        whole = train(model, few_prompts, tmp_path, loss)
-        assert (furthest(whole, split[loss]) < 1e-12) == (loss != "kto"), loss
-    assert furthest(train(model, "", tmp_path, "kto", offline=pairs), split["kto offline"]) < 1e-12
-    resampled = train(model, many_prompts, tmp_path, "2-grpo", resample=True)
-    assert furthest(resampled, split["2-grpo resampled"]) < 1e-12
-    assert furthest(resampled, train(model, many_prompts, tmp_path, "2-grpo")) > 1e-4
+    data_parts, _ = LAYOUTS[layout]
+    start = dict(full_weights(load_policy(model)))
+    for (name, double), runs in itertools.groupby(split, key=lambda key: key[:2]):
+        arguments = dict(cases(layout, job))[name]
+        whole = train(model, folder=tmp_path, double=double, **arguments)
+        update = furthest({name: whole[name] for name in start}, start)
+        tolerance = 1e-12 if double else 1e-6 * max(1.0, update)
+        for run in runs:
+            difference = furthest(whole, split[run])
+            assert (difference < tolerance) == (name != "kto" or data_parts == 1), (run, difference, update)
+
+
+def test_a_cache_of_the_reference_changes_nothing(model: str, pairs: str, tmp_path: Path):
     cached = ReferenceCache(str(tmp_path / "reference.safetensors"))  # holds float32
-    assert furthest(train(model, "", tmp_path, "dpo", offline=pairs), split["dpo cached"]) < 1e-6
-    assert furthest(train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[cached]), split["dpo cached"]) < 1e-12
+    plain = train(model, "", tmp_path, "dpo", offline=pairs)
+    assert 0 < furthest(plain, train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[cached])) < 1e-6
+    job = {"model": model, "many": "", "pairs": pairs, "folder": str(tmp_path), "layout": "ddp 2", "cache": "cached.st"}
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=500, env=ENVIRONMENT)
+    again = ReferenceCache(str(tmp_path / "reference.safetensors"))
+    read = train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[again])
+    assert furthest(read, torch.load(tmp_path / "split.pt")["dpo cached", True, 2]) < 1e-12
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    two = {"accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp"}
-    weights = {name: train(job["model"], job["prompts"], Path(job["folder"]), name, **two) for name in LOSSES}
-    weights["kto offline"] = train(job["model"], "", Path(job["folder"]), "kto", offline=job["pairs"], **two)
-    weights["2-grpo resampled"] = train(job["model"], job["many"], Path(job["folder"]), "2-grpo", resample=True, **two)
-    cached = ReferenceCache(str(Path(job["folder"]) / "reference.safetensors"))
-    weights["dpo cached"] = train(
-        job["model"], "", Path(job["folder"]), "dpo", offline=job["pairs"], callbacks=[cached], **two
-    )
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        torch.save(weights, Path(job["folder"]) / "split.pt")
+    data_parts, strategy = LAYOUTS[job["layout"]]
+    processes = 2 * data_parts if "tensor" in job["layout"] else data_parts
+    folder, found = Path(job["folder"]), {}
+    if "cache" in job:
+        runs = [("dpo cached", {"prompts": "", "name": "dpo", "offline": job["pairs"]}, True, 2)]
+    else:
+        accumulations = (1, 2, 4) if job["layout"] in ("ddp 2", "ddp 4", "fsdp2 2", "fsdp2 4") else (2,)
+        runs = [
+            (name, arguments, double, accumulate)
+            for name, arguments in cases(job["layout"], job)
+            for double in PRECISIONS.get(job["layout"], (True,))
+            for accumulate in (accumulations if double and not arguments.get("offline") else (2,))
+        ]
+    for name, arguments, double, accumulate in runs:
+        callbacks = [ReferenceCache(str(folder / job["cache"]))] if "cache" in job else []
+        layout = {"devices": processes, "strategy": strategy(), "accumulate_grad_batches": accumulate}
+        found[name, double, accumulate] = train(
+            job["model"], folder=folder, double=double, callbacks=callbacks, **arguments, **layout
+        )
+    if rank() == 0:
+        torch.save(found, folder / "split.pt")

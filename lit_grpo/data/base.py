@@ -18,8 +18,8 @@ from lit_grpo.data.loader import LazyLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
 from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.data.types import Answers, Batch, Group, Sample
-from lit_grpo.distributed import gather_objects
-from lit_grpo.engines.base import Engine, Sampling
+from lit_grpo.distributed import all_objects, data_rank, gather_objects, partners
+from lit_grpo.engines.base import Engine, Sampling, Stopped
 from lit_grpo.errors import UserError
 from lit_grpo.rewards import math_reward, resolved
 
@@ -227,9 +227,38 @@ class PromptData(L.LightningDataModule):
     ) -> tuple[list[Group], dict[str, float]]:
         """Have the engine answer prompts, given by their place in the phase, and the reward score the answers.
 
+        Processes that have the same data (tensor parallelism) share the work.
+
         Returns:
             The groups, and ``seconds_generate``, ``seconds_reward`` and ``tokens``.
+
+        Raises:
+            Stopped: if sampling is to be given up, on all processes that have these prompts.
         """
+        place, count, group = partners(self.trainer)
+        mine = dict(list(prompts.items())[place::count])
+        try:
+            part = self.sample_share(engine, sampling, split, phase, mine, n, score)
+        except Stopped:
+            part = None
+        parts = [part for part in all_objects(part, count, group) if part is not None]
+        if len(parts) < count:
+            raise Stopped
+        groups = [parts[i % count][0][i // count] for i in range(len(prompts))]
+        self.samples = [s for i in range(len(prompts)) for s in parts[i % count][1][i // count * n :][:n]]
+        return groups, parts[place][2] | {"tokens": float(sum(s.num_tokens for s in self.samples))}
+
+    def sample_share(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        split: str,
+        phase: int,
+        prompts: dict[int, Prompt],
+        n: int,
+        score: bool,
+    ) -> tuple[list[Group], list[Sample], dict[str, float]]:
+        """As ``sample``, this process's share of it."""
         tokenizer = self.trainer.lightning_module.tokenizer
         start = time.perf_counter()
         token_ids = [prompt.token_ids for prompt in prompts.values()]
@@ -237,7 +266,7 @@ class PromptData(L.LightningDataModule):
         generated = time.perf_counter()
 
         texts = iter(tokenizer.batch_decode([c.token_ids for cs in answers for c in cs], skip_special_tokens=True))
-        self.samples = [
+        samples = [
             Sample(
                 prompt.text,
                 next(texts),
@@ -251,17 +280,14 @@ class PromptData(L.LightningDataModule):
             for c in completions
         ]
         if score:
-            self.score_samples(self.samples)
-        rewards = [0.0 if s.reward is None else s.reward for s in self.samples]
+            self.score_samples(samples)
+        rewards = [0.0 if s.reward is None else s.reward for s in samples]
         groups = [
             Group(prompt.token_ids, completions, rewards[i * n : (i + 1) * n])
             for i, (prompt, completions) in enumerate(zip(prompts.values(), answers, strict=True))
         ]
-        return groups, {
-            "seconds_generate": generated - start,
-            "seconds_reward": time.perf_counter() - generated,
-            "tokens": float(sum(s.num_tokens for s in self.samples)),
-        }
+        seconds = {"seconds_generate": generated - start, "seconds_reward": time.perf_counter() - generated}
+        return groups, samples, seconds
 
     @property
     def reward_name(self) -> str:
@@ -324,7 +350,7 @@ class PromptData(L.LightningDataModule):
             for name, value in sample.parts.items():
                 mine.setdefault(f"reward_{name}", []).append(value)
         totals: dict[str, tuple[float, int]] = {}
-        for part in gather_objects({name: (sum(v), len(v)) for name, v in mine.items()}, self.trainer.world_size):
+        for part in gather_objects({name: (sum(v), len(v)) for name, v in mine.items()}, self.trainer):
             for name, (total, count) in part.items():
                 before = totals.get(name, (0.0, 0))
                 totals[name] = before[0] + total, before[1] + count
@@ -336,7 +362,7 @@ class PromptData(L.LightningDataModule):
 
     def chunks(self, prompts: list[Prompt]) -> list[dict[int, Prompt]]:
         """Held-out prompts by their place, this rank's share, in chunks that are answered one after the other."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rank, world = data_rank(self.trainer)
         size, placed = world * max(1, COMPLETIONS_AT_ONCE // self.samples_per_prompt), list(enumerate(prompts))
         return [dict(placed[i : i + size][rank::world]) for i in range(0, len(placed), size)]
 

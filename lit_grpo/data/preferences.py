@@ -15,6 +15,7 @@ from lit_grpo.data.collate import checked_select, make_rows, mismatched_rows, se
 from lit_grpo.data.layouts import Example, Preferences, read_examples
 from lit_grpo.data.prompts import as_messages, check_templates, check_vocabulary, encode_prompt, render_chat
 from lit_grpo.data.types import Batch, Completion, Group
+from lit_grpo.distributed import data_rank
 from lit_grpo.errors import UserError
 
 CHUNK = 1024
@@ -160,7 +161,7 @@ class PreferenceData(PromptData):
     def check_sizes(self) -> None:
         """Refuse sizes that do not come out even, and note statistics."""
         loss = self.trainer.lightning_module.loss
-        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        world, accumulate = data_rank(self.trainer)[1], self.trainer.accumulate_grad_batches
         if self.batch_size < 1 or self.batch_size % world or self.batch_size // world < accumulate:
             raise UserError(
                 f"data.init_args.batch_size: {self.batch_size} groups cannot fill {accumulate} micro-batches"
@@ -218,7 +219,7 @@ class OfflineLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         data, trainer = self.data, self.data.trainer
-        loss, world = trainer.lightning_module.loss, trainer.world_size
+        loss, (rank, world) = trainer.lightning_module.loss, data_rank(trainer)
         first = trainer.current_epoch * self.steps
         for step in range(first, first + self.steps):
             number, step_of_pass = divmod(step, self.steps_per_pass)
@@ -230,7 +231,7 @@ class OfflineLoader:
             per_group = len(rows) // len(groups)
             mismatched = mismatched_rows(rows, per_group) if loss.needs_kl_baseline else None
             total_tokens = sum(len(row.completion.token_ids) for row in rows)
-            mine = [g * per_group + k for g in range(trainer.global_rank, len(groups), world) for k in range(per_group)]
+            mine = [g * per_group + k for g in range(rank, len(groups), world) for k in range(per_group)]
             yield from step_batches(
                 [rows[i] for i in mine],
                 trainer.accumulate_grad_batches,

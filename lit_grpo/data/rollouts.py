@@ -15,7 +15,7 @@ from lit_grpo.data.collate import Row, checked_select, make_rows, mismatched_row
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.data.types import Batch, Group
-from lit_grpo.distributed import gather_objects
+from lit_grpo.distributed import data_rank, gather_objects
 from lit_grpo.engines.base import Engine, Sampling, Stopped, never
 from lit_grpo.errors import UserError
 
@@ -83,7 +83,7 @@ class RolloutData(PromptData):
 
     def check_sizes(self) -> None:
         """Do the arithmetic of a phase, print it, and refuse what does not come out even."""
-        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        world, accumulate = data_rank(self.trainer)[1], self.trainer.accumulate_grad_batches
         loss = self.trainer.lightning_module.loss
         self.check_limits(self.updates_per_phase * accumulate, self.updates_per_phase * accumulate)
         rows_per_prompt = self.rows_per_prompt = checked_select(loss, torch.zeros(1, self.group_size))[0].shape[1]
@@ -125,15 +125,12 @@ class RolloutData(PromptData):
 
     def everyones(self, values: torch.Tensor) -> torch.Tensor:
         """All processes' values ``[P, ...]``, one for each group, in the order of the prompts."""
-        world, strategy = self.trainer.world_size, self.trainer.strategy
-        if world == 1:
-            return values
-        gathered = strategy.all_gather(values.to(strategy.root_device)).cpu()
-        return gathered.transpose(0, 1).flatten(0, 1)
+        everyone = torch.stack(gather_objects(values, self.trainer))
+        return everyone.transpose(0, 1).flatten(0, 1)
 
     def select_rows(self, groups: list[Group]) -> list[Row]:
         """The rows of this process's groups that train; the loss chose them with all processes' rewards in sight."""
-        rank, world, loss = self.trainer.global_rank, self.trainer.world_size, self.trainer.lightning_module.loss
+        (rank, world), loss = data_rank(self.trainer), self.trainer.lightning_module.loss
         rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
         index, advantages = checked_select(loss, self.everyones(rewards))
         if index.shape[1] != self.rows_per_prompt:
@@ -157,7 +154,7 @@ class RolloutData(PromptData):
         Every process samples its share of the replacements and gets those that stand in its own places, so that all
         keep equally many groups; which prompts and tokens they are does not depend on the number of processes.
         """
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rank, world = data_rank(self.trainer)
         fresh, drawn, samples = self.fresh_prompts(phase), self.prompts_per_phase, self.samples
         ties = at_first = self.ties(groups)
         while True:
@@ -168,7 +165,7 @@ class RolloutData(PromptData):
             share = {drawn + i: prompt for i, (_, prompt) in enumerate(places) if i % world == rank}
             replacements, more = self.sample_phase(engine, sampling, phase, share)
             samples, stats = samples + self.samples, {name: stats[name] + more[name] for name in stats}
-            for part in gather_objects(dict(zip(share, replacements, strict=True)), world):
+            for part in gather_objects(dict(zip(share, replacements, strict=True)), self.trainer):
                 for position, group in part.items():
                     place = places[position - drawn][0]
                     if place % world == rank:
@@ -202,7 +199,7 @@ class RolloutData(PromptData):
 
     def collect(self, engine: Engine, sampling: Sampling, phase: int) -> None:
         """Sample and score a phase's rollouts, this rank's share, and fill the train loader and ``stats``."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rank, world = data_rank(self.trainer)
         loss, accumulate = self.trainer.lightning_module.loss, self.trainer.accumulate_grad_batches
         prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
         groups, stats = self.sample_phase(engine, sampling, phase, prompts)
@@ -211,11 +208,11 @@ class RolloutData(PromptData):
         if self.resample_ties:
             stats = self.replace_ties(engine, sampling, phase, groups, stats)
 
-        strategy, rows = self.trainer.strategy, self.select_rows(groups)
+        rows = self.select_rows(groups)
         per_update = len(rows) // self.updates_per_phase
         updates = [rows[i : i + per_update] for i in range(0, len(rows), per_update)]
-        tokens = torch.tensor([sum(len(row.completion.token_ids) for row in update) for update in updates])
-        total_tokens = strategy.reduce(tokens.to(strategy.root_device), reduce_op="sum").tolist()
+        tokens = [sum(len(row.completion.token_ids) for row in update) for update in updates]
+        total_tokens = [sum(of_all) for of_all in zip(*gather_objects(tokens, self.trainer), strict=True)]
         batches = [
             batch
             for u, update in enumerate(updates)
