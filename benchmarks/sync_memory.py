@@ -12,10 +12,12 @@ import time
 
 import psutil
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from lit_grpo.engines import full_weights
-from lit_grpo.policy import Policy, shard
+from lit_grpo.policy import Policy
 from lit_grpo.quickstart import small_qwen
+from lit_grpo.sharding import decoder_layers
 
 
 def main() -> None:
@@ -23,7 +25,8 @@ def main() -> None:
     lm = small_qwen(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12)
     total = sum(p.numel() * p.element_size() for p in lm.parameters()) / 2**20
     policy = Policy(lm)
-    shard(policy, torch.distributed.init_device_mesh("cpu", (2,)))
+    for module in [layer for _, layer in decoder_layers(policy)] + [policy]:
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     process, peak, over = psutil.Process(), [0.0], threading.Event()
 
     def watch() -> None:

@@ -12,6 +12,7 @@ from callbacks.rollout import HFRollout, Rollout, VLLMRollout
 from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
 from callbacks.stop_on_signal import StopOnSignal
+from callbacks.whereabouts import Whereabouts
 
 __all__ = [
     "Checkpoints",
@@ -25,4 +26,5 @@ __all__ = [
     "SavePretrained",
     "StopOnSignal",
     "VLLMRollout",
+    "Whereabouts",
 ]

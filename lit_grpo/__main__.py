@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HELP = """usage: lit-grpo {fit,validate,test,predict} [-c CONFIG ...] [--KEY VALUE ...]
+       lit-grpo export CKPT OUT [--merge] [--model MODEL]
 
 RL post-training of language models on Lightning.
 
@@ -15,6 +16,7 @@ commands:
   validate   sample the validation prompts and print Mean@k and Pass@k
   test       sample benchmarks and write tables of Mean@k, Pass@k and their relatives
   predict    sample prompts and write the completions to the run folder
+  export     write the policy of a checkpoint as a Hugging Face folder
 
 Every key of a config file can be given or changed on the command line, later ones win:
   lit-grpo fit -c configs/paper/2grpo.yaml --model.loss GRPO --data.group_size 16 --data.updates_per_phase 16
@@ -42,9 +44,12 @@ def main(args: list[str] | None = None) -> None:
                 f"The package `callbacks` of lit_grpo is shadowed by {found and found.origin}. Start with the command"
                 " `lit-grpo`, which looks into the current folder last."
             )
-        from lit_grpo.cli import run
+        from lit_grpo.cli import run, run_export
 
-        run(args)
+        if args[0] == "export":
+            run_export(args[1:])
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

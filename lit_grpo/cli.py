@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 import os
@@ -30,11 +31,13 @@ from callbacks import (  # noqa: F401
     SavePretrained,
     StopOnSignal,
     VLLMRollout,
+    Whereabouts,
 )
-from callbacks.checkpoints import latest_whole
+from callbacks.checkpoints import damage, latest_whole
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
+from lit_grpo.export import export
 from lit_grpo.module import PolicyModule
 
 
@@ -170,7 +173,7 @@ class CLI(LightningCLI):
             callbacks = [PhaseProgress(), *callbacks]
         try:
             return super()._instantiate_trainer(
-                config, [StopOnSignal(), SavePretrained(), *callbacks, LearningCurve(), Results()]
+                config, [Whereabouts(), StopOnSignal(), SavePretrained(), *callbacks, LearningCurve(), Results()]
             )
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
@@ -256,6 +259,26 @@ def run(args: list[str]) -> CLI:
         return CLI(args)
     except Stopped:
         sys.exit(STOPPED)
+
+
+def run_export(args: list[str]) -> None:
+    """Run the command line of ``lit-grpo export``."""
+    parser = argparse.ArgumentParser(
+        "lit-grpo export", description="Write a checkpoint's policy for transformers, vLLM."
+    )
+    parser.add_argument("CKPT", type=Path, help="a checkpoint, or the folder of a run, whose latest is taken")
+    parser.add_argument("OUT", type=Path, help="a new folder")
+    parser.add_argument(
+        "--merge", action="store_true", help="add adapters to the weights, instead of writing them alone"
+    )
+    parser.add_argument("--model", help="the model that the run began with, if it is no longer where it was")
+    given = parser.parse_args(args)
+    keep_quiet()
+    path = checkpoint_at(given.CKPT)
+    if reason := damage(path):
+        raise UserError(f"CKPT: {str(path)!r} is damaged ({reason}).")
+    export(path, given.OUT, given.merge, given.model)
+    print(f"Wrote {given.OUT}")
 
 
 def keep_quiet() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
@@ -20,7 +23,7 @@ from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
 from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import Scores
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
-from lit_grpo.sharding import grad_norm
+from lit_grpo.sharding import grad_norm, to_cpu
 
 MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
@@ -43,6 +46,7 @@ class PolicyModule(L.LightningModule):
             normal in bfloat16, 1e-5 in float32. If not given, 0.001 in float32 on a CPU, else 0.1.
         old_policy: whose log-probs later updates of a phase compare with: those that the ``sampler`` gave, or the
             ``trainer``'s own, which cost one more forward pass of these updates.
+        offload_reference: keep the reference in the memory of the CPU, and have it score a phase's rollouts in one go.
         log_entropy: whether the policy's entropy is computed and logged. Losses with an entropy bonus do so anyway.
     """
 
@@ -57,12 +61,13 @@ class PolicyModule(L.LightningModule):
         correct_at: float = 1.0,
         pass_at: list[int] | None = None,
         max_mismatch: float | None = None,
+        offload_reference: bool = False,
         log_entropy: bool = False,
         old_policy: Literal["sampler", "trainer"] = "sampler",
     ) -> None:
         super().__init__()
         self.log_entropy, self.old_policy, self.lora = log_entropy, old_policy, lora
-        self.model_name, self.pass_at = model, pass_at
+        self.model_name, self.pass_at, self.offload_reference = model, pass_at, offload_reference
         self.loss: Loss = TwoGRPO() if loss is None else loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.gradient_checkpointing, self.correct_at, self.max_mismatch = (
@@ -102,6 +107,8 @@ class PolicyModule(L.LightningModule):
             exact = self.trainer.precision == "32-true" and self.trainer.strategy.root_device.type == "cpu"
             self.max_mismatch = 1e-3 if exact else 0.1
         data = self.trainer.datamodule
+        if self.offload_reference and stage == "fit":
+            self.check_offload()
         n = getattr(data, "samples_per_prompt", 1)
         pass_at = self.pass_at or [2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]
         if bad := [k for k in pass_at if not 1 <= k <= n]:
@@ -112,6 +119,21 @@ class PolicyModule(L.LightningModule):
         keys = data.held_out(stage) if hasattr(data, "held_out") else []
         majority = getattr(data, "answers_are_read", False)
         self.scores = nn.ModuleDict({key: Scores(n, pass_at, majority) for key in keys})
+
+    def check_offload(self) -> None:
+        """Refuse to keep a reference elsewhere that is needed in between, or is not there."""
+        for reason, advice in (
+            (not self.loss.needs_reference, "the loss reads no reference"),
+            (self.lora, "with model.lora the reference is the policy without its adapters"),
+            (self.loss.needs_kl_baseline, "the loss needs it in every step, for its KL baseline"),
+            (
+                not hasattr(self.trainer.datamodule, "prompts_per_phase"),
+                "use the callback ReferenceCache with these data",
+            ),
+            (isinstance(self.trainer.strategy, FSDPStrategy), "fsdp cannot move it; use fsdp2"),
+        ):
+            if reason:
+                raise UserError(f"model.offload_reference: {advice}. Leave it out.")
 
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning may call this twice
@@ -266,10 +288,20 @@ class PolicyModule(L.LightningModule):
         assert self.policy is not None
         seed, rank = getattr(self.trainer.datamodule, "seed", 0), data_rank(self.trainer)[0]
         torch.manual_seed(np.random.SeedSequence((seed, self.current_epoch, rank)).generate_state(1)[0])
-        if self.old_policy == "trainer":
+        for batch in self.trainer.datamodule.sampled_batches() if self.old_policy == "trainer" else []:
+            if not batch.on_policy:
+                batch.old_logps = self.logps_of(self.policy, batch.to(self.device)).to(batch.tokens.device)
+        if self.offload_reference:
+            assert isinstance(self.reference, Policy)
+            self.reference.to(self.device)
             for batch in self.trainer.datamodule.sampled_batches():
-                if not batch.on_policy:
-                    batch.old_logps = self.logps_of(self.policy, batch.to(self.device)).to(batch.tokens.device)
+                batch.ref_logps = self.logps_of(self.reference, batch.to(self.device)).to(batch.tokens.device)
+            to_cpu(self.reference)
+
+    def on_train_start(self) -> None:
+        if self.offload_reference:
+            assert isinstance(self.reference, Policy)
+            to_cpu(self.reference)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm, and leave out an update that would ruin the weights.
@@ -354,6 +386,19 @@ class PolicyModule(L.LightningModule):
 
     def predict_step(self, answers: Answers, batch_idx: int) -> None:
         """Nothing is left to compute: the engine has answered, and the sample table writes the answers down."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        folder = Path(self.model_name)
+        model = str(folder.resolve()) if folder.is_dir() else self.model_name
+        checkpoint["policy"] = {"model": model, "lora": self.lora and asdict(self.lora)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        lora = self.lora and asdict(self.lora)
+        if checkpoint.get("policy", {}).get("lora", lora) != lora:
+            raise UserError(
+                f"ckpt_path: the checkpoint is of a run with model.lora {checkpoint['policy']['lora']}, this one has"
+                f" {lora}."
+            )
 
     def changes(self, name: str) -> bool:
         """Whether training changes what has this name in a state dict."""

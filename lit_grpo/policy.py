@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,11 @@ def load_reference(model: str, strategy: Any = None) -> Policy:
 
 def load_config(model: str) -> Any:
     """The model's configuration, with an error that names the key and what may stand there."""
+    if (Path(model) / "adapter_config.json").exists():
+        raise UserError(
+            f"model.model: {model!r} holds adapters only. Write the whole model with `lit-grpo export RUN OUT --merge`,"
+            " and name OUT."
+        )
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -146,6 +146,14 @@ def reader(model: str, names: set[str]) -> Read | None:
     return (lambda name: where[name].get_tensor(name)) if names <= where.keys() else None
 
 
+def to_cpu(model: nn.Module) -> None:
+    """Move parameters to the memory of the CPU; buffers stay, which DDP sends around."""
+    buffers = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
+    model.to("cpu")
+    for module, held in buffers:
+        module._buffers.update(held)
+
+
 def grad_norm(policy: Any) -> Tensor:
     """Norm of the gradient, however its parts lie on the processes; all must take part."""
     if isinstance(policy, FullyShardedDataParallel):

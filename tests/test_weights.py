@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
-from lit_grpo.policy import Policy, load_policy, shard
+from lit_grpo.policy import Policy, load_policy
+from lit_grpo.sharding import decoder_layers
 
 
 def unlike(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> set[str]:
@@ -133,7 +134,10 @@ def fsdp1(policy: Policy) -> nn.Module:
 
 
 def fsdp2(policy: Policy) -> nn.Module:
-    shard(policy, torch.distributed.init_device_mesh("cpu", (2,)))
+    from torch.distributed.fsdp import fully_shard
+
+    for module in [layer for _, layer in decoder_layers(policy)] + [policy]:
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     return policy
 
 

@@ -59,10 +59,18 @@ def full_weights(policy: nn.Module, bucket_mib: int = 512) -> Iterator[tuple[str
             yield from arrived(bucket)
             bucket, size = [], 0
         if isinstance(tensor, DTensor):
-            tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=True).to_local()
+            placements = [Replicate()] * tensor.device_mesh.ndim
+            tensor = tensor.redistribute(placements=placements, async_op=tensor.is_cuda).to_local()  # gloo crashes
         bucket.append((name, tensor))
         size += needed
     yield from arrived(bucket)
+
+
+def full_adapters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, full tensor) of a policy's low-rank adapters; all ranks must iterate together."""
+    for stored_name, tensor in stored_tensors(policy):
+        if ".lora_" in stored_name:
+            yield canonical_name(stored_name), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def arrived(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

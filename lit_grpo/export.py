@@ -1,0 +1,74 @@
+"""Policies as Hugging Face folders: of a run, or of a checkpoint that it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import AutoModelForCausalLM
+
+from lit_grpo.engines import full_adapters, full_weights
+from lit_grpo.errors import UserError
+from lit_grpo.lora import LoRA
+from lit_grpo.policy import Policy, load_policy, load_tokenizer
+from lit_grpo.sharding import parameters_without_memory
+
+
+def save_pretrained(policy: Policy, tokenizer: Any, folder: Path, merge: bool, write: bool = True) -> None:
+    """Write what ``transformers`` and vLLM load; all processes that share the policy must take part.
+
+    Args:
+        policy: with its adapters, if it has any.
+        tokenizer: saved beside it.
+        folder: where to.
+        merge: whether adapters become part of the weights; else they are written alone, as ``peft`` loads them.
+        write: whether this process does so.
+    """
+    lm = policy.lm
+    adapters = bool(getattr(lm, "peft_config", None))
+    weights = dict(full_adapters(policy) if adapters and not merge else full_weights(policy))
+    if not write:
+        return
+    if adapters and merge:
+        generation_config = lm.generation_config
+        with parameters_without_memory():
+            lm = AutoModelForCausalLM.from_config(lm.config)
+        lm.generation_config = generation_config
+    lm.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | None = None) -> None:
+    """Write the policy of a checkpoint, sharded or not, as a Hugging Face folder.
+
+    Args:
+        checkpoint: a file, or the folder of a sharded one.
+        folder: where to; new or empty.
+        merge: see :func:`save_pretrained`.
+        model: where the model lies that the run began with, if no longer where it was.
+
+    Raises:
+        UserError: if the checkpoint is of no run, its model is not found, or the folder is not empty.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"OUT: {str(folder)!r} is not empty. Choose another folder.")
+    sharded = checkpoint.is_dir()
+    held = torch.load(checkpoint / "meta.pt" if sharded else checkpoint, map_location="cpu", weights_only=True)
+    if "policy" not in held:
+        raise UserError(f"CKPT: {str(checkpoint)!r} does not say which model its run began with, so none of ours.")
+    name, lora = model or held["policy"]["model"], held["policy"]["lora"]
+    try:
+        policy, tokenizer = load_policy(name, lora=lora and LoRA(**lora)), load_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"{error}\nThe run began with this model; say where it lies now with --model.") from error
+    trained = {f"policy.{key}": x for key, x in policy.state_dict().items() if lora is None or ".lora_" in key}
+    if sharded:
+        names = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        part = "model" if any(name.startswith("model.") for name in names) else "state_dict"  # of FSDP, of FSDP2
+        dcp.load({part: trained}, checkpoint_id=checkpoint, no_dist=True)
+    else:
+        for key, tensor in trained.items():
+            tensor.copy_(held["state_dict"][key])
+    save_pretrained(policy, tokenizer, folder, merge)

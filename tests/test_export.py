@@ -1,0 +1,164 @@
+"""Adapters, and policies as Hugging Face folders: trained, saved, exported, evaluated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_grpo.__main__ import main
+from lit_grpo.engines import full_weights
+from lit_grpo.errors import UserError
+from lit_grpo.lora import LoRA, adapters_off
+from lit_grpo.policy import load_policy
+
+LORA = "--model.lora={r: 4, alpha: 64}"
+
+
+@pytest.fixture
+def command(model: str, many_prompts: str) -> list[str]:
+    """Two phases of a real run, at a rate that moves weights."""
+    return [
+        "fit", f"--model.model={model}", "--model.loss=GRPO", "--model.loss.beta=0.1", "--model.optimizer=AdamW",
+        "--model.optimizer.lr=1e-2", "--data=RolloutData", f"--data.train.path={many_prompts}", "--data.group_size=4",
+        f"--data.val.path={many_prompts}", "--data.prompts_per_phase=8", "--trainer.num_sanity_val_steps=0",
+        "--data.reward=test_invariance.even_first_digit", "--rollout.max_tokens=4", "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu", "--checkpoint.every_n_phases=1",
+    ]  # fmt: skip
+
+
+def merged_by_peft(model: str, folder: Path) -> dict[str, torch.Tensor]:
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    names = expected.keys() - {"lm_head.weight"}  # tied
+    assert names == found.keys() - {"lm_head.weight"}
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+class TestAdapters:
+    def test_they_begin_by_changing_nothing_and_are_all_that_trains(self, model: str):
+        policy = load_policy(model, lora=LoRA())
+        assert_same(dict(full_weights(policy)), dict(full_weights(load_policy(model))))
+        layers = {name.split(".lora_")[0] for name, p in policy.named_parameters() if p.requires_grad}
+        assert {name for name, p in policy.named_parameters() if p.requires_grad and ".lora_" not in name} == set()
+        assert len(layers) == 7 * len(policy.lm.model.layers)  # every linear layer but the head
+
+    def test_the_layers_can_be_named(self, model: str):
+        policy = load_policy(model, lora=LoRA(targets=["q_proj"]))
+        assert all("q_proj" in name for name, p in policy.named_parameters() if p.requires_grad)
+        with pytest.raises(UserError, match=r"model.lora.targets: .*no_such_layer"):
+            load_policy(model, lora=LoRA(targets=["no_such_layer"]))
+        with pytest.raises(UserError, match=r"model.lora.r: expected a whole number >= 1, got 0"):
+            LoRA(r=0)
+
+    def test_switched_off_they_leave_the_model_and_go_on_training(self, model: str):
+        policy, plain = load_policy(model, lora=LoRA(r=4)), load_policy(model)
+        for name, p in policy.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(p)
+        tokens, mask = torch.tensor([[3, 4, 5]]), torch.tensor([[True, True]])
+        with adapters_off(policy.lm):
+            torch.testing.assert_close(policy(tokens, mask)[0], plain(tokens, mask)[0])
+        logps, _ = policy(tokens, mask)
+        assert (logps - plain(tokens, mask)[0]).abs().max() > 0.01
+        logps.sum().backward()
+        assert all(p.grad is not None for name, p in policy.named_parameters() if ".lora_" in name)
+
+    def test_without_peft_it_is_said_how_to_get_it(self, model: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(UserError, match=r'adapters need peft. Install it with pip install "lit-grpo\[lora\]"'):
+            load_policy(model, lora=LoRA())
+
+
+def test_a_run_with_adapters_is_saved_exported_and_evaluated(
+    command: list[str], model: str, many_prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    main([*command, LORA, f"--run_dir={run}"])
+    assert {path.name for path in (run / "pretrained").glob("adapter*")} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    checkpoint = torch.load(run / "checkpoints" / "phase-00002.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"])
+    assert checkpoint["policy"] == {"model": model, "lora": {"r": 4, "alpha": 64, "targets": []}}
+
+    main(["export", str(run), str(tmp_path / "adapters")])
+    main(["export", str(run / "checkpoints" / "phase-00002.ckpt"), str(tmp_path / "merged"), "--merge"])
+    adapters = load_file(run / "pretrained" / "adapter_model.safetensors")
+    assert_same(load_file(tmp_path / "adapters" / "adapter_model.safetensors"), adapters)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert_same(merged, merged_by_peft(model, run / "pretrained"))
+    start = load_policy(model).lm.state_dict()
+    assert (merged["model.layers.0.mlp.up_proj.weight"] - start["model.layers.0.mlp.up_proj.weight"]).abs().max() > 1e-3
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert lm.config.eos_token_id == load_policy(model).lm.config.eos_token_id
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(AutoTokenizer.from_pretrained(model))
+
+    test = ["test", "--data=PromptData", f"--data.val.path={many_prompts}", "--rollout.max_tokens=4"]
+    main([*test, f"--model.model={tmp_path / 'merged'}", f"--run_dir={tmp_path / 'of_merged'}"])
+    of_checkpoint = [f"--model.model={model}", LORA, f"--ckpt_path={run}", f"--run_dir={tmp_path / 'of_checkpoint'}"]
+    main([*test, *of_checkpoint])
+    scores = [
+        json.loads((tmp_path / of / "results" / "table.json").read_text()) for of in ("of_merged", "of_checkpoint")
+    ]
+    assert scores[0]["benchmarks"] == scores[1]["benchmarks"]
+
+    for wrong, said in (
+        (
+            ["test", *test[1:], f"--model.model={run / 'pretrained'}", f"--run_dir={tmp_path / 'x'}"],
+            "holds adapters only",
+        ),
+        (["export", str(run), str(tmp_path / "merged")], "merged' is not empty"),
+        (["export", str(tmp_path / "nowhere"), str(tmp_path / "y")], "no checkpoint"),
+        (["export", str(run), str(tmp_path / "y"), f"--model={tmp_path}"], "say where it lies now with --model"),
+        ([*command, "--model.lora={r: 8}", f"--run_dir={tmp_path / 'z'}", f"--ckpt_path={run}"], "run with model.lora"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_processes_share_train_save_export_and_evaluate(
+    lora: bool, command: list[str], model: str, many_prompts: str, tmp_path: Path
+):
+    """FSDP2, and a vLLM in each process."""
+    run, lit_grpo = tmp_path / "run", [sys.executable, "-m", "lit_grpo"]
+    two = ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--trainer.accelerator=cpu", "--rollout=VLLMRollout"]
+    two += [LORA] if lora else []
+    subprocess.run([*lit_grpo, *command, *two, f"--run_dir={run}"], check=True, env=ENVIRONMENT, timeout=300)
+    assert (run / "checkpoints" / "phase-00002.ckpt").is_dir()
+    main(["export", str(run), str(tmp_path / "exported"), *(["--merge"] if lora else [])])
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    if lora:
+        assert_same(exported, merged_by_peft(model, run / "pretrained"))
+    else:
+        assert_same(exported, load_file(run / "pretrained" / "model.safetensors"))
+    start = load_policy(model).lm.state_dict()
+    assert (
+        exported["model.layers.0.mlp.up_proj.weight"] - start["model.layers.0.mlp.up_proj.weight"]
+    ).abs().max() > 1e-3
+
+    test = ["test", f"--model.model={model}", "--data=PromptData", f"--data.val.path={many_prompts}"]
+    test += ["--rollout.max_tokens=4", f"--ckpt_path={run}", f"--run_dir={tmp_path / 'evaluated'}"]
+    subprocess.run([*lit_grpo, *test, *two], check=True, env=ENVIRONMENT, timeout=300)
+    alone = [f"--model.model={tmp_path / 'exported'}", f"--run_dir={tmp_path / 'alone'}", "--rollout=VLLMRollout"]
+    main([*test, *alone, "--ckpt_path=null", "--trainer.accelerator=cpu"])
+    tables = [json.loads((tmp_path / of / "results" / "table.json").read_text()) for of in ("evaluated", "alone")]
+    assert tables[0]["benchmarks"] == tables[1]["benchmarks"]
