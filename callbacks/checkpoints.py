@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.distributed.checkpoint import FileSystemReader
 
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
@@ -123,16 +125,24 @@ def latest_whole(folder: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None.
 
-    Every byte of a file is read and compared with its checksum; of a sharded one, the small files only.
+    Every byte of a file is read and compared with its checksum; of the shares of a sharded one, the lengths are.
     """
-    files = [path] if path.is_file() else [path / "meta.pt"]
-    if path.is_dir() and not (path / ".metadata").exists():
-        return "it has no .metadata"
-    for file in files:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                if (bad := archive.testzip()) is not None:
-                    return f"the checksum of {bad} is another"
-        except (zipfile.BadZipFile, OSError) as error:
-            return str(error)
+    try:
+        with zipfile.ZipFile(path / "meta.pt" if path.is_dir() else path) as archive:
+            if (bad := archive.testzip()) is not None:
+                return f"the checksum of {bad} is another"
+        for share, length in lengths_of_shares(path).items() if path.is_dir() else ():
+            if share.stat().st_size < length:
+                return f"{share.name} is cut off"
+    except (zipfile.BadZipFile, OSError, EOFError, UnpicklingError) as error:
+        return str(error)
     return None
+
+
+def lengths_of_shares(path: Path) -> dict[Path, int]:
+    """Files of a sharded checkpoint, and how long each must at least be, in bytes."""
+    lengths: dict[Path, int] = {}
+    for stored in FileSystemReader(path).read_metadata().storage_data.values():
+        share = path / stored.relative_path
+        lengths[share] = max(lengths.get(share, 0), stored.offset + stored.length)
+    return lengths

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +15,9 @@ import lightning as L
 
 SHARE = 0.9
 """Of the time that processes wait for each other, after which those that wait say where they are."""
+
+PATIENCE = 10.0
+"""Seconds that other processes have to end after the first has failed."""
 
 
 class Whereabouts(L.Callback):
@@ -76,4 +81,16 @@ class Whereabouts(L.Callback):
         self.over.set()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Do not leave behind processes that this one started and that hang."""
         self.over.set()
+        atexit.register(end, getattr(trainer.strategy.launcher, "procs", []))
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Let processes come to their own end, and then end those that do not."""
+    last = time.monotonic() + PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()

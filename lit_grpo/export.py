@@ -31,6 +31,8 @@ def save_pretrained(policy: Policy, tokenizer: Any, folder: Path, merge: bool, w
     weights = dict(full_adapters(policy) if adapters and not merge else full_weights(policy))
     if not write:
         return
+    for tied, source in ({} if adapters and not merge else lm.all_tied_weights_keys).items():
+        weights[tied] = weights[source]  # where they were gathered, each has memory of its own
     if adapters and merge:
         generation_config = lm.generation_config
         with parameters_without_memory():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,38 @@ def test_losses_and_rewards_of_the_users_own_files_work(tmp_path: Path, monkeypa
         ]
     )
     assert (tmp_path / "run" / "pretrained").is_dir()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "configs" / "cluster").iterdir()), ids=lambda path: path.name)
+def test_jobs_of_clusters_are_shell_and_their_commands_parse(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    subprocess.run(["bash", "-n", script], check=True)
+    command = re.search(r" fit (-c .*?--ckpt_path last)", script.read_text().replace("\\\n", ""), re.DOTALL)
+    assert command is not None
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *command[1].replace('"$NODES"', "2").split(), "--print_config"])
+    assert stop.value.code == 0
+    assert "strategy: fsdp2" in capsys.readouterr().out
+
+
+def test_yaml_of_the_page_on_processes_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    files = [tmp_path / f"{i}.yaml" for i in range(len(blocks))]
+    for file, block in zip(files, blocks, strict=True):
+        file.write_text(block)
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "fit",
+                f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+                *(f"--config={file}" for file in files),
+                "--print_config",
+            ]
+        )
+    assert stop.value.code == 0
+    found = capsys.readouterr().out
+    assert "tensor_parallel_size: 2" in found
+    assert "alpha: 32" in found

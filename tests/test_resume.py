@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import csv
 import errno
 import os
@@ -50,7 +51,8 @@ def left_by(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]], d
         first = min((int(row["step"]) for row in part), default=10**9)
         rows = [row for row in rows if int(row["step"]) < first] + part
     samples = {path.name: path.read_text() for path in (run / "samples").iterdir()}
-    return load_file(run / "pretrained" / "model.safetensors"), rows, samples
+    (weights,) = (run / "pretrained").glob("*.safetensors")
+    return load_file(weights), rows, samples
 
 
 def same(run: Path, other: Path) -> bool:
@@ -64,10 +66,10 @@ def same(run: Path, other: Path) -> bool:
 class StopAt(Callback):
     """Raises at a hook of a phase."""
 
-    def __init__(self, hook: str, phase: int) -> None:
+    def __init__(self, hook: str, phase: int, error: str = "RuntimeError") -> None:
         def stop(trainer: L.Trainer, *_: Any) -> None:
             if trainer.current_epoch == phase and not trainer.sanity_checking:
-                raise RuntimeError("stopped here")
+                raise getattr(builtins, error)("stopped here")
 
         setattr(self, hook, stop)
 
@@ -181,6 +183,15 @@ class TestCheckpoints:
                 Checkpoints(**setting)
 
 
+def test_ctrl_c_says_how_to_go_on(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    stop = "{class_path: test_resume.StopAt, init_args: {hook: on_train_batch_end, phase: 2, error: KeyboardInterrupt}}"
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit), caplog.at_level("INFO"):
+        main([*command, "--data.val=null", f"--run_dir={run}", f"--trainer.callbacks={stop}"])
+    said = f"phase-00002.ckpt is kept. To go on, repeat the command with --run_dir {run} --ckpt_path last"
+    assert any(said in record.getMessage() for record in caplog.records)
+
+
 def test_the_same_command_begins_a_run_and_goes_on_with_it(command: list[str], tmp_path: Path):
     """Also where it was killed before there was a checkpoint."""
     command = [*command, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"]
@@ -198,8 +209,14 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(command: list[str], t
     assert (tmp_path / "run" / "config-000.yaml").exists()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_go_on_as_if_not_stopped(strategy: str, command: list[str], tmp_path: Path):
+FSDP1 = "{class_path: test_invariance.FSDPOnCPU, init_args: {process_group_backend: gloo, state_dict_type: sharded}}"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("ddp", ["--model.lora={r: 4}"]), ("fsdp2", []), (FSDP1, [])],
+)
+def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], command: list[str], tmp_path: Path):
     """Sharded checkpoints, a reference, and a clipped gradient; nothing but a flag tells the strategies apart."""
     command = [
         sys.executable,
@@ -209,6 +226,7 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, command: list[str]
         "--ckpt_path=last",
         "--data.val=null",
         "--model.loss.beta=0.1",
+        *more,
     ]
     command += [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.gradient_clip_val=0.5"]
     for run, ends in (("whole", [4]), ("halved", [2, 4])):
@@ -216,7 +234,19 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, command: list[str]
             arguments = [*command, f"--run_dir={tmp_path / run}", f"--trainer.max_epochs={end}"]
             subprocess.run(arguments, check=True, env=ENVIRONMENT, timeout=200)
     assert same(tmp_path / "whole", tmp_path / "halved")
-    assert (tmp_path / "whole" / "checkpoints" / "phase-00004.ckpt").is_dir() == (strategy == "fsdp2")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "phase-00004.ckpt"
+    assert checkpoint.is_dir() == (strategy in ("fsdp2", FSDP1))
+    main(["export", str(checkpoint), str(tmp_path / "exported")])
+    (exported,), (saved,) = ((tmp_path / of).glob("*.safetensors") for of in ("exported", "whole/pretrained"))
+    weights, expected = load_file(exported), load_file(saved)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    if checkpoint.is_dir():
+        assert damage(checkpoint) is None
+        share = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        share.write_bytes(share.read_bytes()[:-1000])
+        assert damage(checkpoint) == f"{share.name} is cut off"
+        share.unlink()
+        assert "No such file" in str(damage(checkpoint))
 
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGTERM, signal.SIGUSR1])

@@ -1,0 +1,220 @@
+"""What goes wrong between processes: unequal work, one that hangs, dies or is told to end; and loading in shares."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, quiet_trainer
+from lightning.pytorch.strategies import DDPStrategy
+from test_invariance import ScriptedRollout, even_first_digit, rank
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lit_grpo.policy
+from lit_grpo.data import RolloutData, Sample, Source
+from lit_grpo.engines import Deadline, full_weights
+from lit_grpo.errors import UserError
+from lit_grpo.losses import GRPO
+from lit_grpo.module import PolicyModule
+from lit_grpo.policy import load_policy, load_reference
+from lit_grpo.sharding import split_layers
+
+CALLS = []
+
+
+def eventful(samples: list[Sample]) -> list[float]:
+    """Ties on the second process, to which something happens in the second phase."""
+    CALLS.append(len(samples))
+    if rank() == 1 and len(CALLS) == 3:  # the first call is a check, on gold answers
+        if os.environ.get("EVENT") == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("EVENT") == "told":
+            os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(samples) if rank() == 1 else even_first_digit(samples)
+
+
+@pytest.fixture
+def command(model: str, many_prompts: str, tmp_path: Path) -> list[str]:
+    """Three phases in two processes that share the model; every micro-batch and checkpoint needs both."""
+    return [
+        "-m", "lit_grpo", "fit", f"--model.model={model}", "--model.optimizer=AdamW", "--model.optimizer.lr=1e-3",
+        "--data=RolloutData", f"--data.train.path={many_prompts}", "--data.prompts_per_phase=16",
+        "--data.reward=test_distributed.eventful", "--data.updates_per_phase=2",
+        "--rollout.max_tokens=4", "--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.strategy=fsdp2", "--trainer.accumulate_grad_batches=3", "--checkpoint.every_n_phases=1",
+        f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last",
+    ]  # fmt: skip
+
+
+def run(arguments: list[str], **environment: str) -> tuple[int, str]:
+    """Exit code and words of a command that must come to its end."""
+    process = subprocess.run(
+        [sys.executable, *arguments], env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=200
+    )
+    return process.returncode, process.stdout + process.stderr
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_work_is_equal_where_one_process_has_nothing_but_ties(command: list[str], tmp_path: Path):
+    """Started as torchrun does on every node. With unequal numbers of passes the processes would wait for ever."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    code, said = run([*torchrun, "--rdzv-endpoint=localhost:0", *command, "--data.resample_ties=true"])
+    assert code == 0, said
+    assert checkpoints(tmp_path) == ["phase-00002.ckpt", "phase-00003.ckpt"]
+
+
+def test_a_process_that_dies_ends_the_run_which_then_goes_on(command: list[str], tmp_path: Path):
+    code, said = run(command, EVENT="dies")
+    assert code != 0
+    assert "phase-00001.ckpt is kept. To go on, repeat the command with" in said
+    assert checkpoints(tmp_path) == ["phase-00001.ckpt"]
+    code, said = run(command)
+    assert code == 0, said
+    assert "Going on from" in said
+    assert checkpoints(tmp_path) == ["phase-00002.ckpt", "phase-00003.ckpt"]
+
+
+def test_it_is_enough_that_one_process_is_told_to_end(command: list[str], tmp_path: Path):
+    code, said = run(command, EVENT="told")
+    assert code == 128 + signal.SIGTERM, said
+    assert checkpoints(tmp_path) == ["phase-00001.ckpt", "phase-00002.ckpt"]
+    assert not (tmp_path / "run" / "pretrained").exists()
+
+
+def never_returns(samples: list[Sample]) -> list[float]:
+    if rank() == 1 and len(samples) > 2:
+        time.sleep(1000)
+    return even_first_digit(samples)
+
+
+def test_every_process_says_where_it_is_before_others_give_up(model: str, many_prompts: str, tmp_path: Path):
+    code, said = run([__file__, json.dumps({"model": model, "prompts": many_prompts, "folder": str(tmp_path)})])
+    assert code != 0
+    for number in range(2):
+        assert f"Process {number} of 2 has not come on for 27 s: phase 0, sampling" in said
+    assert re.search(r"line \d+ in never_returns", said)
+    assert "Timed out" in said  # of the one that waited
+
+
+class TestLoading:
+    def test_a_model_without_a_plan_cannot_be_split(self, model: str):
+        lm = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2))
+        with pytest.raises(UserError, match="GPT2LMHeadModel has no plan for tensor parallelism"):
+            split_layers(lm, SimpleNamespace(size=lambda: 2))
+        with pytest.raises(UserError, match=r"num_attention_heads of Qwen2ForCausalLM, 4, does not divide by .* 3"):
+            split_layers(load_policy(model).lm, SimpleNamespace(size=lambda: 3))
+
+    @pytest.mark.parametrize("names", ["the model's own", "others"])
+    def test_processes_read_their_shares_and_never_the_whole(self, names: str, model: str, tmp_path: Path):
+        """Unless the files are old, with names that transformers translates."""
+        folder = tmp_path / "copy"
+        shutil.copytree(model, folder)
+        if names == "others":
+            from safetensors.torch import load_file, save_file
+
+            held = load_file(folder / "model.safetensors")
+            old = {key.removeprefix("model."): tensor for key, tensor in held.items()}
+            save_file(old, folder / "model.safetensors", {"format": "pt"})
+        job = {"model": str(folder), "folder": str(tmp_path), "load": names}
+        ranks = [
+            subprocess.Popen([sys.executable, __file__, json.dumps(job | {"rank": i})], env=ENVIRONMENT) for i in (0, 1)
+        ]
+        assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+        plain = dict(full_weights(load_policy(model)))
+        total = sum(tensor.numel() for tensor in plain.values())
+        for i in (0, 1):
+            held, whole_loads, found = torch.load(tmp_path / f"{i}.pt")
+            assert all(torch.equal(found[name], plain[name]) for name in plain)
+            assert held < 0.6 * total
+            assert whole_loads == (names == "others")
+
+
+class TestReferenceInTheMemoryOfTheCPU:
+    def train(self, model: str, prompts: str, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+        module = PolicyModule(
+            model, GRPO(beta=0.3), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_mismatch=100, **settings
+        )
+        data = RolloutData(Source(prompts), reward=even_first_digit, prompts_per_phase=8, updates_per_phase=2)
+        trainer = quiet_trainer(folder, max_epochs=2, callbacks=[ScriptedRollout(max_tokens=12)])
+        trainer.fit(module, datamodule=data)
+        return dict(full_weights(module.policy))
+
+    def test_it_is_fetched_once_a_phase_and_changes_nothing(
+        self, model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        plain = self.train(model, many_prompts, tmp_path)
+        moves: list[str] = []
+
+        def reference(*arguments: Any) -> Any:
+            policy = load_reference(*arguments)
+            to = policy.to
+            monkeypatch.setattr(policy, "to", lambda device: moves.append(str(device)) or to(device))
+            return policy
+
+        monkeypatch.setattr("lit_grpo.module.load_reference", reference)
+        moved = self.train(model, many_prompts, tmp_path, offload_reference=True)
+        assert all(torch.equal(moved[name], plain[name]) for name in plain)
+        assert len(moves) == 1 + 2 * 2  # away when training starts, there and back in each phase
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"loss": GRPO()}, "the loss reads no reference"),
+            ({"loss": GRPO(beta=0.1), "lora": lit_grpo.policy.LoRA()}, "the reference is the policy without"),
+        ],
+    )
+    def test_it_is_refused_where_it_makes_no_sense(
+        self, settings: dict[str, Any], said: str, model: str, many_prompts: str, tmp_path: Path
+    ):
+        module = PolicyModule(model, offload_reference=True, **settings)
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ScriptedRollout(max_tokens=12)])
+        with pytest.raises(UserError, match=f"model.offload_reference: .*{said}"):
+            trainer.fit(module, datamodule=RolloutData(Source(many_prompts), reward=even_first_digit))
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    if "load" in job:
+        from lit_grpo.sharding import FSDP2
+
+        store = torch.distributed.FileStore(f"{job['folder']}/store", 2)
+        torch.distributed.init_process_group("gloo", store=store, rank=job["rank"], world_size=2)
+        strategy = FSDP2()
+        strategy._device_mesh = torch.distributed.init_device_mesh(
+            "cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel")
+        )
+        whole_loads, load_lm = [], lit_grpo.policy.load_lm
+        lit_grpo.policy.load_lm = lambda *arguments: whole_loads.append(1) or load_lm(*arguments)
+        policy = load_policy(job["model"], strategy=strategy)
+        held = sum(p.to_local().numel() for p in policy.parameters())
+        torch.save((held, bool(whole_loads), dict(full_weights(policy))), Path(job["folder"]) / f"{job['rank']}.pt")
+        torch.distributed.destroy_process_group()
+    else:
+        from datetime import timedelta
+
+        from callbacks import Whereabouts
+
+        Deadline.grace = 1.0
+        data = RolloutData(Source(job["prompts"]), reward=never_returns, prompts_per_phase=8)
+        trainer = quiet_trainer(
+            Path(job["folder"]),
+            max_epochs=1,
+            devices=2,
+            strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30)),
+            callbacks=[Whereabouts(), ScriptedRollout(max_tokens=12, timeout=5.0)],
+        )
+        trainer.fit(PolicyModule(job["model"], max_mismatch=100), datamodule=data)
