@@ -34,6 +34,7 @@ class Whereabouts(L.Callback):
         patience: timedelta | None = getattr(trainer.strategy, "_timeout", None)
         if trainer.world_size == 1 or patience is None:
             return
+        self.over = threading.Event()
         self.passed(f"{stage} begins")
         watch = threading.Thread(target=self.watch, args=(SHARE * patience.total_seconds(), trainer), daemon=True)
         watch.start()
@@ -71,11 +72,14 @@ class Whereabouts(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.passed(f"phase {trainer.current_epoch}, validation")
 
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.passed(f"phase {trainer.current_epoch}, the next prompts of validation")
+
     def on_test_batch_start(self, *_: Any) -> None:
-        self.passed("answering a part of a benchmark")
+        self.passed("the next prompts of a benchmark")
 
     def on_predict_batch_start(self, *_: Any) -> None:
-        self.passed("answering a part of the prompts")
+        self.passed("the next prompts")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.over.set()

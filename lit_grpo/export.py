@@ -57,7 +57,9 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"OUT: {str(folder)!r} is not empty. Choose another folder.")
     sharded = checkpoint.is_dir()
-    held = torch.load(checkpoint / "meta.pt" if sharded else checkpoint, map_location="cpu", weights_only=True)
+    held = torch.load(
+        checkpoint / "meta.pt" if sharded else checkpoint, map_location="cpu", mmap=True, weights_only=True
+    )
     if "policy" not in held:
         raise UserError(f"CKPT: {str(checkpoint)!r} does not say which model its run began with, so none of ours.")
     name, lora = model or held["policy"]["model"], held["policy"]["lora"]

@@ -21,6 +21,8 @@ from lit_grpo.engines.weights import canonical_name
 from lit_grpo.errors import UserError
 from lit_grpo.lora import draw_adapters
 
+FILES = "model*.safetensors"
+
 Read = Callable[[str], Tensor]
 """Gives a parameter of a model by its Hugging Face name."""
 
@@ -90,6 +92,8 @@ def split_layers(lm: Any, mesh: Any) -> None:
     except ImportError as error:
         raise UserError("trainer.strategy: tensor parallelism needs transformers 5.19 or newer.") from error
     name = type(lm).__name__
+    if getattr(lm, "peft_config", None):
+        raise UserError("model.lora: adapters and tensor parallelism do not go together. Use fsdp2, or leave one out.")
     ends = lm.get_input_embeddings(), lm.get_output_embeddings()
     left_out = [key for key, module in lm.named_modules() if module in ends]
     plan = {key: style for key, style in (lm.tp_plan or {}).items() if key not in left_out}
@@ -140,8 +144,8 @@ def reader(model: str, names: set[str]) -> Read | None:
         model: folder or hub id.
         names: of the parameters.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns="*.safetensors"))
-    files = [safe_open(str(path), "pt") for path in sorted(folder.glob("*.safetensors"))]
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=FILES))
+    files = [safe_open(str(path), "pt") for path in sorted(folder.glob(FILES))]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118  it is no dictionary
     return (lambda name: where[name].get_tensor(name)) if names <= where.keys() else None
 

@@ -31,12 +31,7 @@ def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, acc
         limit_train_batches=1.0,
         overfit_batches=0.0,
         current_epoch=0,
-        strategy=SimpleNamespace(
-            reduce=lambda x, reduce_op: x * world,
-            reduce_boolean_decision=lambda decision, all: decision,
-            all_gather=lambda x: x.expand(world, *x.shape),
-            root_device="cpu",
-        ),
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
     )
     data.setup("fit")
     return data
@@ -64,7 +59,9 @@ class TestPhases:
 
     def test_ranks_share_a_phase_out_between_them(self, model: str, few_prompts: str, monkeypatch: pytest.MonkeyPatch):
         for module in ("base", "rollouts"):
-            monkeypatch.setattr(f"lit_grpo.data.{module}.gather_objects", lambda mine, world: [mine])
+            monkeypatch.setattr(
+                f"lit_grpo.data.{module}.gather_objects", lambda mine, trainer: [mine] * trainer.world_size
+            )
         engine, sampling = ScriptedEngine(64), Sampling(max_tokens=12)
         whole = rollout_data(model, few_prompts)
         whole.collect(engine, sampling, phase=3)

@@ -25,6 +25,7 @@ import lit_grpo.policy
 from lit_grpo.data import RolloutData, Sample, Source
 from lit_grpo.engines import Deadline, full_weights
 from lit_grpo.errors import UserError
+from lit_grpo.lora import LoRA
 from lit_grpo.losses import GRPO
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import load_policy, load_reference
@@ -118,6 +119,10 @@ class TestLoading:
         with pytest.raises(UserError, match=r"num_attention_heads of Qwen2ForCausalLM, 4, does not divide by .* 3"):
             split_layers(load_policy(model).lm, SimpleNamespace(size=lambda: 3))
 
+    def test_adapters_and_tensor_parallelism_do_not_go_together(self, model: str):
+        with pytest.raises(UserError, match=r"model.lora: adapters and tensor parallelism do not go together"):
+            split_layers(load_policy(model, lora=LoRA()).lm, SimpleNamespace(size=lambda: 2))
+
     @pytest.mark.parametrize("names", ["the model's own", "others"])
     def test_processes_read_their_shares_and_never_the_whole(self, names: str, model: str, tmp_path: Path):
         """Unless the files are old, with names that transformers translates."""
@@ -174,7 +179,7 @@ class TestReferenceInTheMemoryOfTheCPU:
         ("settings", "said"),
         [
             ({"loss": GRPO()}, "the loss reads no reference"),
-            ({"loss": GRPO(beta=0.1), "lora": lit_grpo.policy.LoRA()}, "the reference is the policy without"),
+            ({"loss": GRPO(beta=0.1), "lora": LoRA()}, "the reference is the policy without"),
         ],
     )
     def test_it_is_refused_where_it_makes_no_sense(

@@ -80,6 +80,7 @@ def connect(
     module = PolicyModule(model, loss or SFT())
     module.tokenizer.chat_template = jinja or module.tokenizer.chat_template
     data.trainer = SimpleNamespace(
+        strategy=None,
         lightning_module=module,
         global_rank=rank,
         world_size=world,
@@ -262,7 +263,7 @@ class TestTokens:
         )
         module = PolicyModule(chat_model, SFT())
         module.config.vocab_size = 261
-        data.trainer = SimpleNamespace(lightning_module=module, global_rank=0)
+        data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, strategy=None)
         with pytest.raises(UserError, match=r"token 261 of .*row 0.*only 261 tokens"):
             data.setup("fit")
 
