@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_grpo.engines.weights import canonical_name
 from lit_grpo.errors import UserError
 from lit_grpo.lora import draw_adapters
 
@@ -130,7 +129,8 @@ def fill(module: nn.Module, read: Read, prefix: str = "") -> None:
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue
-        value = torch.empty(parameter.shape) if ".lora_" in name else read(canonical_name(prefix + name)).float()
+        file_name = (prefix + name).removeprefix("lm.").replace("base_layer.", "")  # adapters wrap what they change
+        value = torch.empty(parameter.shape) if ".lora_" in name else read(file_name).float()
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         owner, _, own_name = name.rpartition(".")

@@ -145,6 +145,7 @@ def train(
     resample: bool = False,
     double: bool = True,
     lora: LoRA | None = None,
+    recompute: bool = False,
     **options,
 ) -> dict[str, Tensor]:
     """Weights and metrics after one phase of sixteen prompts, or after one step on eight pairs of a file."""
@@ -152,7 +153,8 @@ def train(
     if keep_zeros:
         loss.drops_zero_advantages = False
     L.seed_everything(0, verbose=False)
-    module = Module(model, loss, lora, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_mismatch=100)
+    settings = {"lora": lora, "gradient_checkpointing": recompute, "max_mismatch": 100}
+    module = Module(model, loss, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **settings)
     module.double_precision = double
     if offline is None:
         data = RolloutData(
@@ -237,6 +239,18 @@ def test_the_update_is_not_nothing(model: str, many_prompts: str, tmp_path: Path
     assert furthest(dict(full_weights(load_policy(model))), moved) > 1e-4
 
 
+def test_clipping_is_that_of_torch(model: str, many_prompts: str, tmp_path: Path):
+    """The step of a clipped gradient has the norm asked for, and the direction of the gradient."""
+    start = dict(full_weights(load_policy(model)))
+    steps = []
+    for clip in (None, 0.01):
+        found = train(model, many_prompts, tmp_path, "grpo kl", gradient_clip_val=clip)
+        steps.append(torch.cat([(found[n] - start[n]).flatten() for n in start if n != "lm_head.weight"]))
+    whole, clipped = steps
+    assert whole.norm() > 0.1
+    torch.testing.assert_close(clipped, whole / whole.norm() * 0.01, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("chunk", [18, 18 * 7])
 def test_chunk_size_of_the_log_probs_changes_nothing(
     monkeypatch, model: str, many_prompts: str, tmp_path: Path, chunk: int
@@ -260,82 +274,83 @@ class FSDPOnCPU(FSDPStrategy):
 
 
 LAYOUTS = {
-    "ddp 2": (2, lambda: "ddp"),
-    "ddp 4": (4, lambda: "ddp"),
-    "fsdp 2": (2, lambda: FSDPOnCPU(process_group_backend="gloo")),
-    "fsdp2 2": (2, lambda: "fsdp2"),
-    "fsdp2 4": (4, lambda: "fsdp2"),
-    "tensor 2": (1, lambda: ModelParallelStrategy(1, 2, process_group_backend="gloo")),
-    "fsdp2 2 x tensor 2": (2, lambda: ModelParallelStrategy(2, 2, process_group_backend="gloo")),
+    2: {
+        "ddp": (2, lambda: "ddp"),
+        "fsdp": (2, lambda: FSDPOnCPU(process_group_backend="gloo")),
+        "fsdp2": (2, lambda: "fsdp2"),
+        "tensor": (1, lambda: ModelParallelStrategy(1, 2, process_group_backend="gloo")),
+    },
+    4: {
+        "ddp": (4, lambda: "ddp"),
+        "fsdp2": (4, lambda: "fsdp2"),
+        "fsdp2 x tensor": (2, lambda: ModelParallelStrategy(2, 2, process_group_backend="gloo")),
+    },
 }
-"""How many parts the data are in, and the strategy."""
+"""By the number of processes: how many parts the data are in, and the strategy."""
 
 
-PRECISIONS = {"fsdp 2": (False,), "fsdp2 2": (True, False)}  # FSDP1 does not take another one later
+def cases(job: dict[str, str], cache: str) -> dict[str, dict[str, Any]]:
+    """Arguments of runs: every loss, and what else must not depend on processes."""
+    online, offline = {"prompts": job["many"]}, {"prompts": "", "offline": job["pairs"]}
+    return {
+        **{loss: online | {"name": loss} for loss in LOSSES},
+        "resampled": online | {"name": "2-grpo", "resample": True},
+        "clipped": online | {"name": "grpo kl", "gradient_clip_val": 0.01},
+        "recomputed": online | {"name": "grpo kl", "recompute": True},
+        "adapters": online | {"name": "grpo kl", "lora": LoRA(r=4, alpha=64)},
+        "kto offline": offline | {"name": "kto"},
+        "cached": offline | {"name": "dpo", "callbacks": [ReferenceCache(f"{job['folder']}/{cache}")]},
+    }
 
 
-def cases(layout: str, job: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names of runs, which one process repeats, and their arguments."""
-    for loss in LOSSES if "tensor" not in layout else ("2-grpo", "grpo kl", "dpo", "kto"):
-        yield loss, {"prompts": job["many"], "name": loss}
-    yield "2-grpo resampled", {"prompts": job["many"], "name": "2-grpo", "resample": True}
-    yield "kto offline", {"prompts": "", "name": "kto", "offline": job["pairs"]}
-    if "tensor" not in layout:
-        yield "adapters", {"prompts": job["many"], "name": "grpo kl", "lora": LoRA(r=4, alpha=64)}
+def runs(processes: int, names: Iterable[str]) -> Iterator[tuple[str, str, bool, int]]:
+    """Layouts, names of cases, whether in double precision, and micro-batches."""
+    for layout in LAYOUTS[processes]:
+        for name in names:
+            if "tensor" in layout and name not in ("2-grpo", "grpo kl", "dpo", "kto", "resampled", "clipped"):
+                continue
+            if layout != "fsdp":  # which does not take another precision later
+                for accumulate in (1, 2, 4) if name in LOSSES and "tensor" not in layout else (2,):
+                    yield layout, name, True, accumulate
+            if (layout == "fsdp" or (layout, processes) == ("fsdp2", 2)) and name != "cached":
+                yield layout, name, False, 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_processes_change_nothing(layout: str, model: str, many_prompts: str, pairs: str, tmp_path: Path):
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_processes_change_nothing(processes: int, model: str, many_prompts: str, pairs: str, tmp_path: Path):
     """Real processes make the update of one; they also run equally many passes, or they would hang.
 
     The exception is KTO on rollouts: its baseline pairs prompts with completions of the same process.
     """
-    job = {"model": model, "many": many_prompts, "pairs": pairs, "folder": str(tmp_path), "layout": layout}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=500, env=ENVIRONMENT)
-    split = torch.load(tmp_path / "split.pt")
-    data_parts, _ = LAYOUTS[layout]
-    start = dict(full_weights(load_policy(model)))
-    for (name, double), runs in itertools.groupby(split, key=lambda key: key[:2]):
-        arguments = dict(cases(layout, job))[name]
-        whole = train(model, folder=tmp_path, double=double, **arguments)
-        update = furthest({name: whole[name] for name in start}, start)
+    job = {"model": model, "many": many_prompts, "pairs": pairs, "folder": str(tmp_path), "processes": processes}
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=900, env=ENVIRONMENT)
+    split, start = torch.load(tmp_path / "split.pt"), dict(full_weights(load_policy(model)))
+    alone = cases(job, "one.safetensors")
+    for (name, double), same in itertools.groupby(
+        sorted(runs(processes, alone), key=lambda run: run[1:3]), lambda run: run[1:3]
+    ):
+        whole = train(model, folder=tmp_path, double=double, **alone[name])
+        update = furthest({key: whole[key] for key in start}, start)
         tolerance = 1e-12 if double else 1e-6 * max(1.0, update)
-        for run in runs:
+        for run in same:
             difference = furthest(whole, split[run])
-            assert (difference < tolerance) == (name != "kto" or data_parts == 1), (run, difference, update)
+            one_part = LAYOUTS[processes][run[0]][0] == 1
+            assert (difference < tolerance) == (name != "kto" or one_part), (run, difference, update)
 
 
-def test_a_cache_of_the_reference_changes_nothing(model: str, pairs: str, tmp_path: Path):
-    cached = ReferenceCache(str(tmp_path / "reference.safetensors"))  # holds float32
+def test_a_cache_of_the_reference_changes_no_more_than_its_float32(model: str, pairs: str, tmp_path: Path):
     plain = train(model, "", tmp_path, "dpo", offline=pairs)
-    assert 0 < furthest(plain, train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[cached])) < 1e-6
-    job = {"model": model, "many": "", "pairs": pairs, "folder": str(tmp_path), "layout": "ddp 2", "cache": "cached.st"}
-    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=500, env=ENVIRONMENT)
-    again = ReferenceCache(str(tmp_path / "reference.safetensors"))
-    read = train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[again])
-    assert furthest(read, torch.load(tmp_path / "split.pt")["dpo cached", True, 2]) < 1e-12
+    cache = ReferenceCache(str(tmp_path / "reference.safetensors"))
+    assert 0 < furthest(plain, train(model, "", tmp_path, "dpo", offline=pairs, callbacks=[cache])) < 1e-6
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    data_parts, strategy = LAYOUTS[job["layout"]]
-    processes = 2 * data_parts if "tensor" in job["layout"] else data_parts
-    folder, found = Path(job["folder"]), {}
-    if "cache" in job:
-        runs = [("dpo cached", {"prompts": "", "name": "dpo", "offline": job["pairs"]}, True, 2)]
-    else:
-        accumulations = (1, 2, 4) if job["layout"] in ("ddp 2", "ddp 4", "fsdp2 2", "fsdp2 4") else (2,)
-        runs = [
-            (name, arguments, double, accumulate)
-            for name, arguments in cases(job["layout"], job)
-            for double in PRECISIONS.get(job["layout"], (True,))
-            for accumulate in (accumulations if double and not arguments.get("offline") else (2,))
-        ]
-    for name, arguments, double, accumulate in runs:
-        callbacks = [ReferenceCache(str(folder / job["cache"]))] if "cache" in job else []
-        layout = {"devices": processes, "strategy": strategy(), "accumulate_grad_batches": accumulate}
-        found[name, double, accumulate] = train(
-            job["model"], folder=folder, double=double, callbacks=callbacks, **arguments, **layout
-        )
+    several, found = cases(job, "several.safetensors"), {}
+    for run in runs(job["processes"], several):
+        layout, name, double, accumulate = run
+        strategy = LAYOUTS[job["processes"]][layout][1]()
+        options = {"devices": job["processes"], "strategy": strategy, "accumulate_grad_batches": accumulate}
+        found[run] = train(job["model"], folder=Path(job["folder"]), double=double, **several[name], **options)
     if rank() == 0:
-        torch.save(found, folder / "split.pt")
+        torch.save(found, Path(job["folder"]) / "split.pt")
