@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
+from lit_grpo.distributed import gather_dicts
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
+
+CHECKSUMS = "checksums.json"
+"""Of the files of a sharded checkpoint."""
 
 
 class Checkpoints(L.Callback):
@@ -37,9 +45,12 @@ class Checkpoints(L.Callback):
         self.every_n_phases, self.keep = every_n_phases, keep
         self.folder = Path("checkpoints")
         self.done_before = float("inf")  # until training starts
+        self.saved = -1
+        """The phase before which the latest was saved."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        trainer.strategy.checkpoint_io = PlainCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.done_before = trainer.current_epoch
@@ -78,25 +89,50 @@ class Checkpoints(L.Callback):
         Raises:
             UserError: if there is no room, or the like.
         """
+        if trainer.current_epoch == self.saved:
+            return
         path = self.folder / f"phase-{trainer.current_epoch:05d}.ckpt"
-        unfinished = path.with_suffix(".unfinished")
+        unfinished, damaged = path.with_suffix(".unfinished"), path.with_suffix(".damaged")
         try:
             if trainer.is_global_zero:
                 remove(unfinished)
+            trainer.strategy.barrier()
             trainer.save_checkpoint(unfinished, weights_only=False)
-        except OSError as error:
+            sums = gather_dicts(checksums(unfinished, trainer.global_rank), trainer)
+            if trainer.is_global_zero and unfinished.is_dir():
+                (unfinished / CHECKSUMS).write_text(json.dumps(sums))
+        except (OSError, CheckpointException) as error:
             remove(unfinished)
             earlier = checkpoints_in(self.folder)
             raise UserError(
-                f"checkpoint: cannot write {str(path)!r}: {error.strerror or error}. Make room, or set"
+                f"checkpoint: cannot write {str(path)!r}: {reason_of(error)}. Make room, or set"
                 " --checkpoint.keep 1 or another --run_dir."
                 + (f" {str(earlier[0])!r} holds: go on with --ckpt_path last." if earlier else "")
             ) from error
         if trainer.is_global_zero:
-            remove(path)  # a damaged one
+            if path.exists():  # a damaged one
+                path.rename(damaged)
             unfinished.rename(path)
+            remove(damaged)
             for old in checkpoints_in(self.folder)[self.keep :]:
                 remove(old)
+        trainer.strategy.barrier()  # a process that ended now would take the first one with it
+        self.saved = trainer.current_epoch
+
+
+class PlainCheckpointIO(TorchCheckpointIO):
+    """Writes where it is told to: Lightning's own writes to the folder of temporary files first, and then moves."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said; torch wraps it where several processes write."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(getattr(error, "strerror", None) or error)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -107,9 +143,28 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def remove(path: Path) -> None:
     """Remove a checkpoint: a file, or the folder of a sharded one."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another process may be at it too
     else:
         path.unlink(missing_ok=True)
+
+
+def checksums(path: Path, rank: int) -> dict[str, int]:
+    """Of the files that a process wrote, which are on the disk when this returns."""
+    mine = [path] if path.is_file() and rank == 0 else list(path.glob(f"__{rank}_*"))
+    if path.is_dir() and rank == 0:
+        mine += [path / ".metadata", path / "meta.pt"]
+    return {file.name: checksum(file, sync=True) for file in mine}
+
+
+def checksum(path: Path, sync: bool = False) -> int:
+    """CRC-32 of a file; with ``sync``, once it is on the disk."""
+    value = 0
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while part := file.read(2**24):
+            value = zlib.crc32(part, value)
+    return value
 
 
 def latest_whole(folder: Path) -> Path | None:
@@ -123,26 +178,17 @@ def latest_whole(folder: Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None.
-
-    Every byte of a file is read and compared with its checksum; of the shares of a sharded one, the lengths are.
-    """
+    """What is wrong with a checkpoint, or None. Every byte of it is read and compared with its checksum."""
     try:
-        with zipfile.ZipFile(path / "meta.pt" if path.is_dir() else path) as archive:
-            if (bad := archive.testzip()) is not None:
-                return f"the checksum of {bad} is another"
-        for share, length in lengths_of_shares(path).items() if path.is_dir() else ():
-            if share.stat().st_size < length:
-                return f"{share.name} is cut off"
-    except (zipfile.BadZipFile, OSError, EOFError, UnpicklingError) as error:
-        return str(error)
+        if path.is_dir():
+            for name, expected in json.loads((path / CHECKSUMS).read_text()).items():
+                if checksum(path / name) != expected:
+                    return f"the checksum of {name} is another"
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if (bad := archive.testzip()) is not None:
+                    return f"the checksum of {bad} is another"
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # what a changed byte leads to, nobody can list
+        return f"{type(error).__name__}: {error}"
     return None
-
-
-def lengths_of_shares(path: Path) -> dict[Path, int]:
-    """Files of a sharded checkpoint, and how long each must at least be, in bytes."""
-    lengths: dict[Path, int] = {}
-    for stored in FileSystemReader(path).read_metadata().storage_data.values():
-        share = path / stored.relative_path
-        lengths[share] = max(lengths.get(share, 0), stored.offset + stored.length)
-    return lengths

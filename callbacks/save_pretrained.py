@@ -18,7 +18,8 @@ class SavePretrained(L.Callback):
     """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks):
+        stopping = any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks)
+        if stopping and trainer.current_epoch != trainer.max_epochs:
             return  # there is only time for a checkpoint
         folder = Path(trainer.default_root_dir) / "pretrained"
         save_pretrained(pl_module.policy, pl_module.tokenizer, folder, merge=False, write=trainer.is_global_zero)

@@ -28,14 +28,22 @@ class StopOnSignal(L.Callback):
         """Whether the run ends for it, which all processes know alike."""
         self.handlers: dict[int, Any] = {}
 
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen(trainer)
+
+    def listen(self, trainer: L.Trainer) -> None:
+        """Note signals from now on."""
+
         # In the place of Lightning's own, which talks to other processes from inside a handler, and saves in a phase.
         def note(number: int, _: Any) -> None:
             if not self.told and (launcher := trainer.strategy.launcher) is not None:
                 launcher.kill(number)  # of processes that this one started
             self.told = True
 
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if not self.handlers and threading.current_thread() is threading.main_thread():  # no other may
             self.handlers = {number: signal.signal(number, note) for number in SIGNALS}
         if isinstance(data := trainer.datamodule, RolloutData):
             data.stop_wanted = lambda: self.told

@@ -206,11 +206,13 @@ def checkpoint_at(path: Path) -> Path:
         path: of the checkpoint, or of the run folder.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it is damaged.
     """
     found = latest_whole(path / "checkpoints") if (path / "checkpoints").is_dir() else path
     if found is None or not found.exists():
         raise UserError(f"ckpt_path: no checkpoint {str(path)!r} (looked from {Path.cwd()}).")
+    if reason := damage(found):
+        raise UserError(f"ckpt_path: {str(found)!r} is damaged ({reason}).")
     return found
 
 
@@ -275,8 +277,6 @@ def run_export(args: list[str]) -> None:
     given = parser.parse_args(args)
     keep_quiet()
     path = checkpoint_at(given.CKPT)
-    if reason := damage(path):
-        raise UserError(f"CKPT: {str(path)!r} is damaged ({reason}).")
     export(path, given.OUT, given.merge, given.model)
     print(f"Wrote {given.OUT}")
 

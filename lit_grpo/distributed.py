@@ -30,19 +30,22 @@ def gather_dicts(mine: dict[Any, Any], trainer: L.Trainer) -> dict[Any, Any]:
     return {key: value for part in gather_objects(mine, trainer) for key, value in part.items()}
 
 
-def partners(trainer: L.Trainer) -> tuple[int, int, Any]:
-    """This process's place among those that have the same data, how many these are, and their process group."""
+def partners(trainer: L.Trainer) -> tuple[int, int]:
+    """This process's place among those that have the same data, and how many these are."""
     mesh = getattr(trainer.strategy, "_device_mesh", None)
-    if mesh is None:
-        return 0, 1, None
-    tensor = mesh["tensor_parallel"]
-    return tensor.get_local_rank(), tensor.size(), tensor.get_group()
+    return (0, 1) if mesh is None else (mesh["tensor_parallel"].get_local_rank(), mesh["tensor_parallel"].size())
 
 
-def all_objects(mine: Any, world: int, group: Any = None) -> list[Any]:
+def gather_partners(mine: Any, trainer: L.Trainer) -> list[Any]:
+    """What the processes hold that have the same data; all processes must take part, if there are any such."""
+    count, rank = partners(trainer)[1], data_rank(trainer)[0]
+    return [mine] if count == 1 else all_objects(mine, trainer.world_size)[rank * count :][:count]
+
+
+def all_objects(mine: Any, world: int) -> list[Any]:
     """What each of ``world`` processes holds, in the order of their ranks; all must take part."""
     if world == 1:
         return [mine]
     parts = [None] * world
-    torch.distributed.all_gather_object(parts, mine, group)
+    torch.distributed.all_gather_object(parts, mine)
     return parts

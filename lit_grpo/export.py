@@ -28,7 +28,8 @@ def save_pretrained(policy: Policy, tokenizer: Any, folder: Path, merge: bool, w
     """
     lm = policy.lm
     adapters = bool(getattr(lm, "peft_config", None))
-    weights = dict(full_adapters(policy) if adapters and not merge else full_weights(policy))
+    gathered = full_adapters(policy) if adapters and not merge else full_weights(policy)
+    weights = {name: tensor.cpu() for name, tensor in gathered if write}  # of others, none is kept
     if not write:
         return
     for tied, source in ({} if adapters and not merge else lm.all_tied_weights_keys).items():

@@ -23,7 +23,7 @@ class LoRA:
         targets: names of the linear layers that get one; all but the head if not given.
 
     Raises:
-        UserError: if the rank is below 1.
+        UserError: if a number is below 1.
     """
 
     r: int = 16
@@ -31,18 +31,20 @@ class LoRA:
     targets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"model.lora.r: expected a whole number >= 1, got {self.r}.")
+        for key in ("r", "alpha"):
+            if (value := getattr(self, key)) < 1:
+                raise UserError(f"model.lora.{key}: expected a whole number >= 1, got {value}.")
 
 
 def add_adapters(lm: Any, lora: LoRA) -> None:
     """Freeze a language model and give it adapters, without dropout, that change nothing yet.
 
     Raises:
-        UserError: if peft is not installed, or the model has no such layers.
+        UserError: if peft is not installed, or the model has no such layers, or they cannot be merged again.
     """
     try:
         from peft import LoraConfig
+        from peft.tuners.lora.layer import Linear, LoraLayer
     except ImportError as error:
         raise UserError('model.lora: adapters need peft. Install it with pip install "lit-grpo[lora]".') from error
     try:
@@ -50,6 +52,16 @@ def add_adapters(lm: Any, lora: LoRA) -> None:
         lm.add_adapter(LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from error
+    kinds = tuple(lm._no_split_modules or ())
+    layers = [name for name, module in lm.named_modules() if type(module).__name__ in kinds]
+    for name, module in lm.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, Linear):
+            raise UserError(
+                f"model.lora.targets: {name} of {type(lm).__name__} is no linear layer, so that its adapter cannot be"
+                " merged for the engine. Name linear layers, such as [q_proj, k_proj, v_proj, o_proj]."
+            )
+        if isinstance(module, LoraLayer) and not name.startswith(tuple(f"{layer}." for layer in layers)):
+            raise UserError(f"model.lora.targets: {name} stands outside the decoder layers. Leave it out.")
 
 
 def draw_adapters(module: nn.Module, number: int) -> None:

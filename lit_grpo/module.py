@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_grpo.data.types import Answers, Batch
@@ -27,6 +27,16 @@ from lit_grpo.sharding import grad_norm, to_cpu
 
 MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are numbers, text or nothing, or sequences of such."""
+    simple = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in settings.items()
+        if isinstance(value, simple) or (isinstance(value, list | tuple) and all(isinstance(x, simple) for x in value))
+    }
 
 
 class PolicyModule(L.LightningModule):
@@ -84,6 +94,10 @@ class PolicyModule(L.LightningModule):
         self.kl_baseline: Tensor | None = None
         self.skipped_in_a_row = 0
         self.grad_norm: Tensor | None = None
+        self.settings: dict[str, Any] = {}
+        """Of the optimizer and the schedule, as they began."""
+        self.settings_before: dict[str, Any] | None = None
+        """Those of the checkpoint that training goes on from."""
 
     @property
     def context(self) -> int:
@@ -156,12 +170,14 @@ class PolicyModule(L.LightningModule):
             optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer: {error}.") from error
+        self.settings = {"optimizer": plain(optimizer.param_groups[0])}
         if self.make_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self.make_scheduler(optimizer)
+        self.settings["lr_scheduler"] = plain(scheduler.state_dict())
+        for key in ("base_lrs", "_last_lr"):  # the optimizer's
+            self.settings["lr_scheduler"].pop(key, None)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.policy is not None
@@ -299,6 +315,8 @@ class PolicyModule(L.LightningModule):
             to_cpu(self.reference)
 
     def on_train_start(self) -> None:
+        if self.settings_before is not None:
+            self.keep_to_settings(self.settings_before)
         if self.offload_reference:
             assert isinstance(self.reference, Policy)
             to_cpu(self.reference)
@@ -312,10 +330,11 @@ class PolicyModule(L.LightningModule):
         assert self.policy is not None
         self.grad_norm = norm = grad_norm(self.policy)
         finite = bool(norm.isfinite())  # on all processes alike: they have one gradient
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        scaled = self.trainer.precision == "16-mixed"  # the scaler leaves updates out, some while it searches
+        self.skipped_in_a_row = 0 if finite or scaled else self.skipped_in_a_row + 1
         if finite:
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
-        elif self.trainer.precision != "16-mixed":  # where the scaler of gradients does it
+        elif not scaled:
             optimizer.zero_grad(set_to_none=True)  # the step then changes nothing
         self.log("train/skipped_updates", float(not finite), on_step=False, on_epoch=True, reduce_fx="sum")
         if self.skipped_in_a_row == MOST_SKIPPED:
@@ -390,15 +409,47 @@ class PolicyModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         folder = Path(self.model_name)
         model = str(folder.resolve()) if folder.is_dir() else self.model_name
-        checkpoint["policy"] = {"model": model, "lora": self.lora and asdict(self.lora)}
+        checkpoint["policy"] = {"model": model, "lora": self.lora and asdict(self.lora), "settings": self.settings}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        lora = self.lora and asdict(self.lora)
-        if checkpoint.get("policy", {}).get("lora", lora) != lora:
+        before: dict[str, Any] = {}
+        self.on_save_checkpoint(before)
+        now, then = before["policy"], checkpoint.get("policy", before["policy"])
+        if then["lora"] != now["lora"]:
             raise UserError(
-                f"ckpt_path: the checkpoint is of a run with model.lora {checkpoint['policy']['lora']}, this one has"
-                f" {lora}."
+                f"ckpt_path: the checkpoint is of a run with model.lora {then['lora']}, this one has {now['lora']}."
             )
+        if self.lora and then["model"] != now["model"]:
+            rank_zero_warn(
+                f"model.model: the checkpoint's adapters were trained on {then['model']!r}, this run has"
+                f" {now['model']!r}. That is right only if it is the same model in another place."
+            )
+        self.settings_before = then["settings"]
+
+    def keep_to_settings(self, before: dict[str, Any]) -> None:
+        """Have the optimizer go on with this run's settings, where those of the checkpoint were others.
+
+        Raises:
+            UserError: if those of the schedule were.
+        """
+        old, new = before.get("lr_scheduler"), self.settings.get("lr_scheduler")
+        if old != new:
+            keys = [key for key in (old or {}) | (new or {}) if (old or {}).get(key) != (new or {}).get(key)]
+            raise UserError(
+                f"model.lr_scheduler: the run that the checkpoint is of had another schedule ({', '.join(keys)}), and"
+                " none can be changed halfway. Leave it as it was, or begin a run from what `lit-grpo export` writes."
+            )
+        old, new = before["optimizer"], self.settings["optimizer"]
+        for key in (key for key in new if key in old and new[key] != old[key]):
+            rank_zero_info(f"model.optimizer: {key} was {old[key]}, and is {new[key]} from here on")
+            for group in self.optimizers(use_pl_optimizer=False).param_groups:
+                if key == "lr" and self.make_scheduler is not None:
+                    group["lr"], group["initial_lr"] = group["lr"] * new["lr"] / old["lr"], new["lr"]
+                else:
+                    group[key] = new[key]
+            schedule = self.lr_schedulers()
+            if key == "lr" and hasattr(schedule, "base_lrs"):
+                schedule.base_lrs = [new["lr"]] * len(schedule.base_lrs)
 
     def changes(self, name: str) -> bool:
         """Whether training changes what has this name in a state dict."""

@@ -77,9 +77,12 @@ def load_policy(
         with no_init_weights(), parameters_without_memory():
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             lm.tie_weights()
-        read = reader(model, {name for name, _ in lm.named_parameters()})
+        buffers = {name: buffer for name, buffer in lm.named_buffers() if name in lm.state_dict()}
+        read = reader(model, {name for name, _ in lm.named_parameters()} | buffers.keys())
         if read is None:  # old files, whose names from_pretrained translates
             read = load_lm(model, config).state_dict().__getitem__
+        for name, buffer in buffers.items():
+            buffer.copy_(read(name))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.model: cannot load the weights of {model!r}: {error}") from error
     with parameters_without_memory():

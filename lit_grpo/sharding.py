@@ -78,7 +78,9 @@ def one_unit(module: nn.Module, strategy: Any) -> nn.Module:
     """
     compute = torch.bfloat16 if strategy.precision_plugin.precision == "bf16-mixed" else None
     if isinstance(strategy, FSDPStrategy):
-        return wrap(module, mixed_precision=compute and MixedPrecision(compute, torch.float32, torch.float32))
+        if compute is None or strategy.mixed_precision is not None:
+            return wrap(module)
+        return wrap(module, mixed_precision=MixedPrecision(compute, torch.float32, torch.float32))
     policy = MixedPrecisionPolicy(compute, torch.float32) if compute else MixedPrecisionPolicy()
     fully_shard(module, mesh=strategy.device_mesh["data_parallel"], mp_policy=policy)
     return module

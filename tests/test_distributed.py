@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -73,8 +74,12 @@ def checkpoints(folder: Path) -> list[str]:
 def test_work_is_equal_where_one_process_has_nothing_but_ties(command: list[str], tmp_path: Path):
     """Started as torchrun does on every node. With unequal numbers of passes the processes would wait for ever."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    code, said = run([*torchrun, "--rdzv-endpoint=localhost:0", *command, "--data.resample_ties=true"])
+    code, said = run([*torchrun, "--rdzv-endpoint=localhost:0", *command])
     assert code == 0, said
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        shares = [float(row["train/informative_share"]) for row in csv.DictReader(file)]
+    assert len(shares) == 3
+    assert all(0 < share <= 0.5 for share in shares)  # the second process has none
     assert checkpoints(tmp_path) == ["phase-00002.ckpt", "phase-00003.ckpt"]
 
 

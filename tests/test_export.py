@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from lit_grpo.__main__ import main
 from lit_grpo.engines import full_weights
@@ -61,8 +61,19 @@ class TestAdapters:
         assert all("q_proj" in name for name, p in policy.named_parameters() if p.requires_grad)
         with pytest.raises(UserError, match=r"model.lora.targets: .*no_such_layer"):
             load_policy(model, lora=LoRA(targets=["no_such_layer"]))
+        with pytest.raises(UserError, match=r"model.lora.targets: .*lm_head stands outside the decoder layers"):
+            load_policy(model, lora=LoRA(targets=["q_proj", "lm_head"]))
         with pytest.raises(UserError, match=r"model.lora.r: expected a whole number >= 1, got 0"):
             LoRA(r=0)
+
+    def test_what_the_engine_could_not_be_given_is_refused(self, tmp_path: Path):
+        """Experts that are one parameter have adapters of another kind."""
+        sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16}
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        config = Qwen3MoeConfig(**sizes, **heads, num_experts=2, num_experts_per_tok=1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"experts of Qwen3MoeForCausalLM is no linear layer"):
+            load_policy(str(tmp_path), lora=LoRA())
 
     def test_switched_off_they_leave_the_model_and_go_on_training(self, model: str):
         policy, plain = load_policy(model, lora=LoRA(r=4)), load_policy(model)
@@ -94,7 +105,8 @@ def test_a_run_with_adapters_is_saved_exported_and_evaluated(
     }
     checkpoint = torch.load(run / "checkpoints" / "phase-00002.ckpt", weights_only=True)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
-    assert checkpoint["policy"] == {"model": model, "lora": {"r": 4, "alpha": 64, "targets": []}}
+    assert checkpoint["policy"]["model"] == model
+    assert checkpoint["policy"]["lora"] == {"r": 4, "alpha": 64, "targets": []}
 
     main(["export", str(run), str(tmp_path / "adapters")])
     main(["export", str(run / "checkpoints" / "phase-00002.ckpt"), str(tmp_path / "merged"), "--merge"])

@@ -175,12 +175,62 @@ class TestCheckpoints:
         assert "phase-00003.ckpt' holds: go on with --ckpt_path last" in said
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["phase-00002.ckpt", "phase-00003.ckpt"]
 
+    def test_no_changed_byte_is_missed_or_ends_in_a_traceback(self, run: Path):
+        """Everywhere in the file, its directories included, of which torch reads some parts only."""
+        path = run / "checkpoints" / "phase-00003.ckpt"
+        content, draw = path.read_bytes(), random.Random(0)
+        whole = torch.load(path, weights_only=True)["state_dict"]
+        noticed = 0
+        for place in [draw.randrange(len(content)) for _ in range(60)] + [len(content) - i for i in range(1, 200)]:
+            changed = bytearray(content)
+            changed[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(changed)
+            if damage(path) is None:  # then the byte means nothing
+                found = torch.load(path, weights_only=True)["state_dict"]
+                assert all(torch.equal(found[name], whole[name]) for name in whole)
+            else:
+                noticed += 1
+        assert noticed > 100
+
     def test_settings_out_of_range(self):
         from lit_grpo.errors import UserError
 
         for setting in ({"every_n_phases": 0}, {"keep": 0}):
             with pytest.raises(UserError, match=rf"checkpoint.{next(iter(setting))}: expected a whole number >= 1"):
                 Checkpoints(**setting)
+
+
+class TestFlagsHold:
+    """What is written on the command line is never replaced by what a checkpoint was made with."""
+
+    def test_those_of_the_optimizer(self, command: list[str], tmp_path: Path):
+        command = [part for part in command if "lr_scheduler" not in part] + [f"--run_dir={tmp_path / 'run'}"]
+        command += ["--data.val=null", "--ckpt_path=last"]
+        main([*command, "--trainer.max_epochs=1"])
+        main([*command, "--trainer.max_epochs=2", "--model.optimizer.lr=1e-5", "--model.optimizer.weight_decay=0.5"])
+        saved = torch.load(tmp_path / "run" / "checkpoints" / "phase-00002.ckpt", weights_only=True)
+        (group,) = saved["optimizer_states"][0]["param_groups"]
+        assert (group["lr"], group["weight_decay"]) == (1e-5, 0.5)
+
+    def test_the_rate_of_a_schedule(self, command: list[str], tmp_path: Path):
+        command = [*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--ckpt_path=last"]
+        main([*command, "--trainer.max_epochs=1"])
+        main([*command, "--trainer.max_epochs=2", "--model.optimizer.lr=1e-5"])
+        saved = torch.load(tmp_path / "run" / "checkpoints" / "phase-00002.ckpt", weights_only=True)
+        (group,) = saved["optimizer_states"][0]["param_groups"]
+        steps = 4  # LinearLR goes from a third to the whole in nine
+        assert group["lr"] == pytest.approx(1e-5 * (1 / 3 + 2 / 3 * steps / 9))
+
+    def test_another_schedule_is_refused(self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        command = [*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--ckpt_path=last"]
+        main([*command, "--trainer.max_epochs=1"])
+        other = [part.replace("total_iters: 9", "total_iters: 12") for part in command]
+        with pytest.raises(SystemExit) as stop:
+            main([*other, "--trainer.max_epochs=2"])
+        assert stop.value.code == 2
+        assert "model.lr_scheduler: the run that the checkpoint is of had another schedule (total_iters)" in (
+            capsys.readouterr().err
+        )
 
 
 def test_ctrl_c_says_how_to_go_on(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -243,10 +293,42 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], c
     if checkpoint.is_dir():
         assert damage(checkpoint) is None
         share = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
-        share.write_bytes(share.read_bytes()[:-1000])
-        assert damage(checkpoint) == f"{share.name} is cut off"
+        content = bytearray(share.read_bytes())
+        for wrong in (content[: len(content) // 2] + bytes(200) + content[len(content) // 2 + 200 :], content[:-1000]):
+            share.write_bytes(wrong)
+            assert damage(checkpoint) == f"the checksum of {share.name} is another"
         share.unlink()
         assert "No such file" in str(damage(checkpoint))
+
+
+def test_told_to_end_before_it_begins_it_says_so(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While the untrained policy is validated; nothing is saved, and the exit code is that of a run to go on with."""
+    generate = HFEngine._generate
+
+    def tell(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*arguments)
+
+    monkeypatch.setattr(HFEngine, "_generate", tell)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_told_to_end_in_the_last_phase_it_is_done(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step = PolicyModule.training_step
+
+    def tell(module: PolicyModule, *arguments: Any) -> Any:
+        if module.current_epoch == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, *arguments)
+
+    monkeypatch.setattr(PolicyModule, "training_step", tell)
+    with pytest.raises(SystemExit):
+        main([*command, "--data.val=null", f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"])
+    assert (tmp_path / "run" / "checkpoints" / "phase-00006.ckpt").exists()
+    assert (tmp_path / "run" / "pretrained" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGTERM, signal.SIGUSR1])

@@ -18,7 +18,7 @@ from lit_grpo.data.loader import LazyLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
 from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.data.types import Answers, Batch, Group, Sample
-from lit_grpo.distributed import all_objects, data_rank, gather_objects, partners
+from lit_grpo.distributed import data_rank, gather_objects, gather_partners, partners
 from lit_grpo.engines.base import Engine, Sampling, Stopped
 from lit_grpo.errors import UserError
 from lit_grpo.rewards import math_reward, resolved
@@ -235,13 +235,13 @@ class PromptData(L.LightningDataModule):
         Raises:
             Stopped: if sampling is to be given up, on all processes that have these prompts.
         """
-        place, count, group = partners(self.trainer)
+        place, count = partners(self.trainer)
         mine = dict(list(prompts.items())[place::count])
         try:
             part = self.sample_share(engine, sampling, split, phase, mine, n, score)
         except Stopped:
             part = None
-        parts = [part for part in all_objects(part, count, group) if part is not None]
+        parts = [part for part in gather_partners(part, self.trainer) if part is not None]
         if len(parts) < count:
             raise Stopped
         groups = [parts[i % count][0][i // count] for i in range(len(prompts))]
