@@ -101,11 +101,13 @@ class Checkpoints(L.Callback):
             sums = gather_dicts(checksums(unfinished, trainer.global_rank), trainer)
             if trainer.is_global_zero and unfinished.is_dir():
                 (unfinished / CHECKSUMS).write_text(json.dumps(sums))
-        except (OSError, CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             remove(unfinished)
+            if (reason := reason_of(error)) is None:
+                raise
             earlier = checkpoints_in(self.folder)
             raise UserError(
-                f"checkpoint: cannot write {str(path)!r}: {reason_of(error)}. Make room, or set"
+                f"checkpoint: cannot write {str(path)!r}: {reason}. Make room, or set"
                 " --checkpoint.keep 1 or another --run_dir."
                 + (f" {str(earlier[0])!r} holds: go on with --ckpt_path last." if earlier else "")
             ) from error
@@ -128,11 +130,16 @@ class PlainCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, path)
 
 
-def reason_of(error: BaseException) -> str:
-    """What the system said; torch wraps it where several processes write."""
+def reason_of(error: BaseException | None) -> str | None:
+    """What the file system said, if it was that; torch wraps it, or complains of a file that is too short."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(getattr(error, "strerror", None) or error)
+    words = str(error)
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or words
+        error = error.__cause__ or error.__context__
+    return "the file could not be written whole" if "inline_container" in words else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,20 @@ def test_it_is_enough_that_one_process_is_told_to_end(command: list[str], tmp_pa
     assert code == 128 + signal.SIGTERM, said
     assert checkpoints(tmp_path) == ["phase-00001.ckpt", "phase-00002.ckpt"]
     assert not (tmp_path / "run" / "pretrained").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_named_and_leaves_nothing_behind(processes: int, command: list[str], tmp_path: Path):
+    """Files of more than half a MiB cannot be written, as the weights, and each process's share of them, are."""
+    command = [*command, f"--trainer.devices={processes}", *(["--trainer.strategy=auto"] if processes == 1 else [])]
+    limited = ["-c", f"ulimit -f 512; exec {shlex.join([sys.executable, *command])}"]
+    ended = subprocess.run(["bash", *limited], env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode != 0
+    assert re.search(
+        r"phase-00001.ckpt': (File too large|the file could not be written whole)\. Make room", ended.stderr
+    )
+    assert "Traceback" not in ended.stderr
+    assert checkpoints(tmp_path) == []
 
 
 def never_returns(samples: list[Sample]) -> list[float]:
