@@ -86,7 +86,7 @@ def generation(folder: Path, lm: Qwen2ForCausalLM, size: str, lengths: str, repe
         engine.load_weights(full_weights(lm))
     module = PolicyModule(str(folder), GRPO())
     data = RolloutData(Source(str(folder / "prompts.jsonl")), reward=no_reward)
-    data.trainer = SimpleNamespace(lightning_module=module, strategy=None)
+    data.trainer = SimpleNamespace(lightning_module=module, strategy=None, global_rank=0, world_size=1)
     data.prompts["train"] = data.load_prompts(data.train, "train")
     prompts = dict(enumerate(data.prompts["train"]))
     ids = [prompt.token_ids for prompt in prompts.values()]

@@ -25,7 +25,7 @@ def main() -> None:
     lm = small_qwen(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12)
     total = sum(p.numel() * p.element_size() for p in lm.parameters()) / 2**20
     policy = Policy(lm)
-    for module in [layer for _, layer in decoder_layers(policy)] + [policy]:
+    for module in [*decoder_layers(policy.lm).values(), policy]:
         fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     process, peak, over = psutil.Process(), [0.0], threading.Event()
 

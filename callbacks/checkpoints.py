@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_grpo.distributed import gather_dicts
+from lit_grpo.distributed import all_objects
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 
@@ -98,9 +98,9 @@ class Checkpoints(L.Callback):
                 remove(unfinished)
             trainer.strategy.barrier()
             trainer.save_checkpoint(unfinished, weights_only=False)
-            sums = gather_dicts(checksums(unfinished, trainer.global_rank), trainer)
+            sums = all_objects(checksums(unfinished, trainer.global_rank), trainer.world_size)
             if trainer.is_global_zero and unfinished.is_dir():
-                (unfinished / CHECKSUMS).write_text(json.dumps(sums))
+                (unfinished / CHECKSUMS).write_text(json.dumps({k: v for part in sums for k, v in part.items()}))
         except (OSError, RuntimeError, CheckpointException) as error:
             remove(unfinished)
             if (reason := reason_of(error)) is None:

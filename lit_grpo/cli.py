@@ -141,9 +141,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         goes_on = self.subcommand == "test" and (self.run_dir / "results" / "settings.json").exists()  # see Results
-        if (
-            config.ckpt_path == "last" and self.subcommand == "fit"
-        ):  # the same command may begin a run and go on with it
+        if config.ckpt_path == "last" and self.subcommand == "fit":  # which may begin a run, and go on with it
             latest, goes_on = latest_whole(self.run_dir / "checkpoints"), True
             config.ckpt_path = latest and str(latest)
         elif config.ckpt_path is not None:

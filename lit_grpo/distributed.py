@@ -32,14 +32,14 @@ def gather_dicts(mine: dict[Any, Any], trainer: L.Trainer) -> dict[Any, Any]:
 
 def partners(trainer: L.Trainer) -> tuple[int, int]:
     """This process's place among those that have the same data, and how many these are."""
-    mesh = getattr(trainer.strategy, "_device_mesh", None)
-    return (0, 1) if mesh is None else (mesh["tensor_parallel"].get_local_rank(), mesh["tensor_parallel"].size())
+    count = trainer.world_size // data_rank(trainer)[1]
+    return trainer.global_rank % count, count
 
 
 def gather_partners(mine: Any, trainer: L.Trainer) -> list[Any]:
     """What the processes hold that have the same data; all processes must take part, if there are any such."""
-    count, rank = partners(trainer)[1], data_rank(trainer)[0]
-    return [mine] if count == 1 else all_objects(mine, trainer.world_size)[rank * count :][:count]
+    place, count = partners(trainer)
+    return [mine] if count == 1 else all_objects(mine, trainer.world_size)[trainer.global_rank - place :][:count]
 
 
 def all_objects(mine: Any, world: int) -> list[Any]:

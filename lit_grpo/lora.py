@@ -36,8 +36,13 @@ class LoRA:
                 raise UserError(f"model.lora.{key}: expected a whole number >= 1, got {value}.")
 
 
-def add_adapters(lm: Any, lora: LoRA) -> None:
+def add_adapters(lm: Any, lora: LoRA, layers: list[str]) -> None:
     """Freeze a language model and give it adapters, without dropout, that change nothing yet.
+
+    Args:
+        lm: a ``transformers`` language model.
+        lora: which.
+        layers: names of its decoder layers, inside which they must stand.
 
     Raises:
         UserError: if peft is not installed, or the model has no such layers, or they cannot be merged again.
@@ -52,8 +57,6 @@ def add_adapters(lm: Any, lora: LoRA) -> None:
         lm.add_adapter(LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from error
-    kinds = tuple(lm._no_split_modules or ())
-    layers = [name for name, module in lm.named_modules() if type(module).__name__ in kinds]
     for name, module in lm.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module, Linear):
             raise UserError(

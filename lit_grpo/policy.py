@@ -71,7 +71,7 @@ def load_policy(
     try:
         if not shares_out(strategy):
             policy = prepared(load_lm(model, config), gradient_checkpointing, lora)
-            for number, (_, layer) in enumerate(decoder_layers(policy)):
+            for number, layer in enumerate(decoder_layers(policy.lm).values()):
                 draw_adapters(layer, number)
             return policy
         with no_init_weights(), parameters_without_memory():
@@ -101,7 +101,7 @@ def prepared(lm: Any, gradient_checkpointing: bool, lora: LoRA | None) -> Policy
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if lora is not None:
-        add_adapters(lm, lora)
+        add_adapters(lm, lora, list(decoder_layers(lm)))
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(lm).train()

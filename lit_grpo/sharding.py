@@ -56,19 +56,19 @@ def share_out(policy: Any, strategy: Any, read: Read) -> Any:
     """
     if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
         split_layers(policy.lm, strategy.device_mesh["tensor_parallel"])
-    for number, (name, layer) in enumerate(decoder_layers(policy)):
+    for number, (name, layer) in enumerate(decoder_layers(policy.lm).items()):
         fill(layer, read, f"{name}.")
         draw_adapters(layer, number)
-        policy.set_submodule(name, one_unit(layer, strategy))
+        policy.lm.set_submodule(name, one_unit(layer, strategy))
     fill(policy, read)
     policy.lm.tie_weights()
     return one_unit(policy, strategy)
 
 
-def decoder_layers(policy: Any) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the layers that a policy's language model says should not be split."""
-    kinds = policy.lm._no_split_modules or ()
-    return [(name, module) for name, module in policy.named_modules() if type(module).__name__ in kinds]
+def decoder_layers(lm: Any) -> dict[str, nn.Module]:
+    """The layers that a language model says should not be split, by name."""
+    kinds = lm._no_split_modules or ()
+    return {name: module for name, module in lm.named_modules() if type(module).__name__ in kinds}
 
 
 def one_unit(module: nn.Module, strategy: Any) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import csv
 import errno
+import json
 import os
 import random
 import shutil
@@ -262,12 +263,13 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(command: list[str], t
     assert (tmp_path / "run" / "config-000.yaml").exists()
 
 
+TENSOR = "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 1, tensor_parallel_size: 2}}"
 FSDP1 = "{class_path: test_invariance.FSDPOnCPU, init_args: {process_group_backend: gloo, state_dict_type: sharded}}"
 
 
 @pytest.mark.parametrize(
     ("strategy", "more"),
-    [("ddp", ["--model.lora={r: 4}"]), ("fsdp2", []), (FSDP1, [])],
+    [("ddp", ["--model.lora={r: 4}"]), ("fsdp2", []), (FSDP1, []), (TENSOR, [])],
 )
 def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], command: list[str], tmp_path: Path):
     """Sharded checkpoints, a reference, and a clipped gradient; nothing but a flag tells the strategies apart."""
@@ -288,13 +290,15 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], c
             subprocess.run(arguments, check=True, env=ENVIRONMENT, timeout=200)
     assert same(tmp_path / "whole", tmp_path / "halved")
     checkpoint = tmp_path / "whole" / "checkpoints" / "phase-00004.ckpt"
-    assert checkpoint.is_dir() == (strategy in ("fsdp2", FSDP1))
+    assert checkpoint.is_dir() == (strategy != "ddp")
     main(["export", str(checkpoint), str(tmp_path / "exported")])
     (exported,), (saved,) = ((tmp_path / of).glob("*.safetensors") for of in ("exported", "whole/pretrained"))
     weights, expected = load_file(exported), load_file(saved)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     if checkpoint.is_dir():
         assert damage(checkpoint) is None
+        summed = json.loads((checkpoint / "checksums.json").read_text())
+        assert summed.keys() == {path.name for path in checkpoint.iterdir()} - {"checksums.json"}
         share = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
         content = bytearray(share.read_bytes())
         for wrong in (content[: len(content) // 2] + bytes(200) + content[len(content) // 2 + 200 :], content[:-1000]):

@@ -136,7 +136,7 @@ def fsdp1(policy: Policy) -> nn.Module:
 def fsdp2(policy: Policy) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for module in [layer for _, layer in decoder_layers(policy)] + [policy]:
+    for module in [*decoder_layers(policy.lm).values(), policy]:
         fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     return policy
 

@@ -238,7 +238,8 @@ class PromptData(L.LightningDataModule):
         place, count = partners(self.trainer)
         mine = dict(list(prompts.items())[place::count])
         try:
-            part = self.sample_share(engine, sampling, split, phase, mine, n, score)
+            seeds = self.seeds(split, phase, list(mine))
+            part = self.sample_share(engine, sampling, list(mine.values()), seeds, n, score)
         except Stopped:
             part = None
         parts = [part for part in gather_partners(part, self.trainer) if part is not None]
@@ -249,20 +250,12 @@ class PromptData(L.LightningDataModule):
         return groups, parts[place][2] | {"tokens": float(sum(s.num_tokens for s in self.samples))}
 
     def sample_share(
-        self,
-        engine: Engine,
-        sampling: Sampling,
-        split: str,
-        phase: int,
-        prompts: dict[int, Prompt],
-        n: int,
-        score: bool,
+        self, engine: Engine, sampling: Sampling, prompts: list[Prompt], seeds: list[int], n: int, score: bool
     ) -> tuple[list[Group], list[Sample], dict[str, float]]:
         """As ``sample``, this process's share of it."""
         tokenizer = self.trainer.lightning_module.tokenizer
         start = time.perf_counter()
-        token_ids = [prompt.token_ids for prompt in prompts.values()]
-        answers = engine.generate(token_ids, n, sampling, self.seeds(split, phase, list(prompts))) if prompts else []
+        answers = engine.generate([prompt.token_ids for prompt in prompts], n, sampling, seeds)
         generated = time.perf_counter()
 
         texts = iter(tokenizer.batch_decode([c.token_ids for cs in answers for c in cs], skip_special_tokens=True))
@@ -276,7 +269,7 @@ class PromptData(L.LightningDataModule):
                 prompt.tolerance,
                 prompt.messages,
             )
-            for prompt, completions in zip(prompts.values(), answers, strict=True)
+            for prompt, completions in zip(prompts, answers, strict=True)
             for c in completions
         ]
         if score:
@@ -284,7 +277,7 @@ class PromptData(L.LightningDataModule):
         rewards = [0.0 if s.reward is None else s.reward for s in samples]
         groups = [
             Group(prompt.token_ids, completions, rewards[i * n : (i + 1) * n])
-            for i, (prompt, completions) in enumerate(zip(prompts.values(), answers, strict=True))
+            for i, (prompt, completions) in enumerate(zip(prompts, answers, strict=True))
         ]
         seconds = {"seconds_generate": generated - start, "seconds_reward": time.perf_counter() - generated}
         return groups, samples, seconds
