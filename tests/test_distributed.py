@@ -21,7 +21,7 @@ import torch
 from conftest import ENVIRONMENT, quiet_trainer
 from lightning.pytorch.strategies import DDPStrategy
 from test_invariance import ScriptedRollout, even_first_digit, rank
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, GPT2Config, GPT2LMHeadModel
 
 import lit_grpo.policy
 from lit_grpo.data import RolloutData, Sample, Source
@@ -31,7 +31,7 @@ from lit_grpo.lora import LoRA
 from lit_grpo.losses import GRPO
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import load_policy, load_reference
-from lit_grpo.sharding import split_layers
+from lit_grpo.sharding import FSDP2, split_layers
 
 CALLS = []
 
@@ -131,6 +131,13 @@ def test_every_process_says_where_it_is_before_others_give_up(model: str, many_p
     assert "Timed out" in said  # of the one that waited
 
 
+def fsdp2_of(processes: int) -> FSDP2:
+    """The strategy with its mesh, as a Trainer would set it up."""
+    strategy, names = FSDP2(), ("data_parallel", "tensor_parallel")
+    strategy._device_mesh = torch.distributed.init_device_mesh("cpu", (processes, 1), mesh_dim_names=names)
+    return strategy
+
+
 class TestLoading:
     def test_a_model_without_a_plan_cannot_be_split(self, model: str):
         lm = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2))
@@ -166,6 +173,26 @@ class TestLoading:
             assert all(torch.equal(found[name], plain[name]) for name in plain)
             assert held < 0.6 * total
             assert whole_loads == (names == "others")
+
+    def test_buffers_that_belong_to_the_model_are_read_too(self, tmp_path: Path):
+        """As that by which GLM-4-MoE balances its experts."""
+        sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        lm = AutoModelForCausalLM.from_config(
+            Glm4MoeConfig(**sizes, **heads, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
+        )
+        lm.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        lm.save_pretrained(tmp_path / "model")
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            found = dict(full_weights(load_policy(str(tmp_path / "model"), strategy=fsdp2_of(1))))
+        finally:
+            torch.distributed.destroy_process_group()
+        expected = dict(full_weights(load_policy(str(tmp_path / "model"))))
+        assert expected["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [1, 2, 3, 4]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class TestReferenceInTheMemoryOfTheCPU:
@@ -214,17 +241,11 @@ class TestReferenceInTheMemoryOfTheCPU:
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     if "load" in job:
-        from lit_grpo.sharding import FSDP2
-
         store = torch.distributed.FileStore(f"{job['folder']}/store", 2)
         torch.distributed.init_process_group("gloo", store=store, rank=job["rank"], world_size=2)
-        strategy = FSDP2()
-        strategy._device_mesh = torch.distributed.init_device_mesh(
-            "cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel")
-        )
         whole_loads, load_lm = [], lit_grpo.policy.load_lm
         lit_grpo.policy.load_lm = lambda *arguments: whole_loads.append(1) or load_lm(*arguments)
-        policy = load_policy(job["model"], strategy=strategy)
+        policy = load_policy(job["model"], strategy=fsdp2_of(2))
         held = sum(p.to_local().numel() for p in policy.parameters())
         torch.save((held, bool(whole_loads), dict(full_weights(policy))), Path(job["folder"]) / f"{job['rank']}.pt")
         torch.distributed.destroy_process_group()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from lit_grpo.__main__ import main
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
+from lit_grpo.export import save_pretrained
 from lit_grpo.lora import LoRA, adapters_off
-from lit_grpo.policy import load_policy
+from lit_grpo.module import PolicyModule
+from lit_grpo.policy import Policy, load_policy, load_tokenizer
 
 LORA = "--model.lora={r: 4, alpha: 64}"
 
@@ -92,6 +96,31 @@ class TestAdapters:
         monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(UserError, match=r'adapters need peft. Install it with pip install "lit-grpo\[lora\]"'):
             load_policy(model, lora=LoRA())
+
+
+def test_processes_that_do_not_write_keep_nothing(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    policy, held = load_policy(model), []
+
+    def gathered(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in policy.lm.state_dict().items():
+            assert sum(seen() is not None for seen in held) <= 1
+            copy = tensor.clone()
+            held.append(weakref.ref(copy))
+            yield name, copy
+            del copy
+
+    monkeypatch.setattr("lit_grpo.export.full_weights", gathered)
+    save_pretrained(policy, load_tokenizer(model), tmp_path / "out", merge=False, write=False)
+    assert len(held) == len(policy.lm.state_dict())
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_another_model_are_warned_of(model: str):
+    module, of_another = PolicyModule(model, lora=LoRA()), {}
+    PolicyModule(model, lora=LoRA()).on_save_checkpoint(of_another)
+    of_another["policy"]["model"] = "/elsewhere/model"
+    with pytest.warns(UserWarning, match=r"adapters were trained on '/elsewhere/model', this run has"):
+        module.on_load_checkpoint(of_another)
 
 
 def test_a_run_with_adapters_is_saved_exported_and_evaluated(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import quiet_trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from test_invariance import ScriptedRollout, even_first_digit
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -286,6 +287,15 @@ def test_five_such_updates_in_a_row_end_the_run(model: str, few_prompts: str, tm
     with pytest.raises(UserError, match=r"The gradient was nan in 5 updates in a row, up to phase 5. .* Lower"):
         fit(module, few_prompts, tmp_path, epochs=9)
     assert all(parameter.isfinite().all() for parameter in module.policy.parameters())
+
+
+def test_updates_that_a_scaler_leaves_out_do_not_end_the_run(model: str, few_prompts: str, tmp_path: Path):
+    """It leaves out as many as it takes to find its scale."""
+    scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    module = PolicyModule(model, Ruinous(list(range(6))), max_mismatch=1)
+    trainer = quiet_trainer(tmp_path, max_epochs=7, callbacks=[HFRollout(max_tokens=6)], plugins=[scaler])
+    trainer.fit(module, datamodule=RolloutData(Source(few_prompts), reward=even_first_digit, prompts_per_phase=8))
+    assert scaler.scaler.get_scale() == 2**16 / 2**6
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -196,6 +196,14 @@ class TestCheckpoints:
                 noticed += 1
         assert noticed > 100
 
+    def test_nothing_goes_through_the_folder_of_temporary_files(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Which may be small, or in memory."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+        main([*command, "--trainer.max_epochs=1", f"--run_dir={tmp_path / 'run'}", "--data.val=null"])
+        assert (tmp_path / "run" / "checkpoints" / "phase-00001.ckpt").exists()
+
     def test_settings_out_of_range(self):
         from lit_grpo.errors import UserError
 

@@ -149,6 +149,12 @@ def with_adapters(policy: Policy) -> Policy:
     return policy
 
 
+def with_buffer(policy: Policy) -> Policy:
+    """Some models keep a bias of their routers, or a scale of their layers, as such."""
+    policy.lm.model.layers[0].register_buffer("layer_scalar", torch.tensor([0.5, 2.0]))
+    return policy
+
+
 SHARDED: dict[str, Callable[[Policy], nn.Module]] = {
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
@@ -163,8 +169,9 @@ def test_every_process_gathers_what_all_share_out(model: str, tmp_path: Path):
         for rank in range(2)
     ]
     assert [process.wait(timeout=200) for process in ranks] == [0, 0]
-    plain = dict(full_weights(load_policy(model)))
-    adapted = dict(full_weights(with_adapters(load_policy(model))))
+    plain = dict(full_weights(with_buffer(load_policy(model))))
+    adapted = dict(full_weights(with_buffer(with_adapters(load_policy(model)))))
+    assert "model.layers.0.layer_scalar" in plain
     for rank in range(2):
         for name, (held, found) in torch.load(tmp_path / f"{rank}.pt").items():
             assert not unlike(found, adapted if "adapters" in name else plain, 1e-6), name
@@ -177,7 +184,7 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     found = {}
     for name, shared_out in SHARDED.items():
-        policy = shared_out(load_policy(model))
+        policy = shared_out(with_buffer(load_policy(model)))
         held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in policy.parameters())
         weights = list(full_weights(policy, bucket_mib=1))
         assert len(dict(weights)) == len(weights)

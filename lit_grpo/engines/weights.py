@@ -89,6 +89,10 @@ def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, parameter in unit.named_parameters(prefix, remove_duplicate=False):
                 if not canonical_name(name).startswith(inner):
                     yield name, parameter.detach().clone()
+    for prefix, module in policy.named_modules() if units else ():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def copy_in_use(module: Any) -> str | None:
