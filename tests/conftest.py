@@ -21,7 +21,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).pa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip long tests unless they are asked for, and vLLM's where it is not installed, except in CI."""
+    """Skip long tests unless they are asked for, and vLLM's where it is not installed, except in CI.
+
+    Those of several processes, which take longest, come first: else one core has nothing to do in the end.
+    """
+    items.sort(key=lambda item: "processes" not in item.name)
     for item in items:
         if item.get_closest_marker("long") and "long" not in item.config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="long: make test-long"))
