@@ -35,6 +35,10 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2 over all processes")
+StrategyRegistry.register(
+    "fsdp", FSDPStrategy, description="FSDP1; as FSDP2, each process saves its share", override=True,
+    state_dict_type="sharded",
+)  # fmt: skip
 
 
 def shares_out(strategy: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ENVIRONMENT, quiet_trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from test_invariance import ScriptedRollout, even_first_digit, rank
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GPT2Config, GPT2LMHeadModel
 
@@ -136,6 +136,12 @@ def fsdp2_of(processes: int) -> FSDP2:
     strategy, names = FSDP2(), ("data_parallel", "tensor_parallel")
     strategy._device_mesh = torch.distributed.init_device_mesh("cpu", (processes, 1), mesh_dim_names=names)
     return strategy
+
+
+def test_both_flags_save_shares():
+    """Lightning's own ``fsdp`` gathers the whole model, the reference included, in one process."""
+    assert StrategyRegistry.get("fsdp")._state_dict_type == "sharded"
+    assert isinstance(StrategyRegistry.get("fsdp2"), FSDP2)
 
 
 class TestLoading:

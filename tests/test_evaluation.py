@@ -245,21 +245,26 @@ def test_one_bit_of_one_weight_makes_another_evaluation(
 def test_two_processes_come_to_the_same_also_where_one_was_killed(
     command: list[str], finished: Path, few_prompts: str, tmp_path: Path
 ):
-    """The benchmark of a single problem leaves one of them without any."""
+    """The benchmark of a single problem leaves one of them without any, unless both have the same problems."""
     single = Path(few_prompts).with_name("single.jsonl")
     single.write_text(Path(few_prompts).read_text().splitlines()[0])
     command = [*command, f"--data.test.differences.path={single}", "--data.test.differences.prompt=prompt"]
     command += ["--data.test.differences.id=null"]
-    alone, both, halved = (tmp_path / name for name in ("alone", "both", "halved"))
+    alone, both, halved, tensor = (tmp_path / name for name in ("alone", "both", "halved", "tensor"))
     main([*command, f"--run_dir={alone}"])
     deadly = rows_of(finished, "carry_tens")[0]["prompt"]
-    for folder, environment in ((both, {}), (halved, {"KILL_AT_PROMPT": deadly})):
-        arguments = [*command, f"--run_dir={folder}", "--trainer.strategy=ddp", "--trainer.devices=2"]
+    split = "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 1, tensor_parallel_size: 2}}"
+    for folder, strategy, environment in (
+        (both, "ddp", {}),
+        (halved, "ddp", {"KILL_AT_PROMPT": deadly}),
+        (tensor, split, {}),
+    ):
+        arguments = [*command, f"--run_dir={folder}", f"--trainer.strategy={strategy}", "--trainer.devices=2"]
         run = subprocess.run([sys.executable, "-m", "lit_grpo", *arguments], env=ENVIRONMENT | environment, timeout=200)
-        assert (run.returncode == 0) == (folder == both)
+        assert (run.returncode == 0) == (folder != halved)
     assert (halved / "results" / "unfinished" / "no_carry").is_dir()
     main([*command, f"--run_dir={halved}"])  # alone
-    for folder in (both, halved):
+    for folder in (both, halved, tensor):
         for name in NAMES:
             assert rows_of(folder, name) == rows_of(alone, name)
         assert (folder / "results" / "table.json").read_bytes() == (alone / "results" / "table.json").read_bytes()
