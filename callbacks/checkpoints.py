@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -47,6 +48,10 @@ class Checkpoints(L.Callback):
         self.done_before = float("inf")  # until training starts
         self.saved = -1
         """The phase before which the latest was saved."""
+        self.states: dict[str, Any] = {}
+        """Of all callbacks, when the phase began."""
+        self.given_up = False
+        """Whether the phase is."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
@@ -54,28 +59,55 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.done_before = trainer.current_epoch
+        if trainer.is_global_zero:
+            self.put_aside(trainer.current_epoch)
+
+    def put_aside(self, phase: int) -> None:
+        """Rename checkpoints of later phases, which are damaged or of a course not gone on with; remove halves."""
+        for half in self.folder.glob("phase-*.unfinished"):
+            remove(half)
+        for path in checkpoints_in(self.folder):
+            if number(path) > phase:
+                remove(aside := path.with_suffix(".aside"))
+                path.rename(aside)
+                rank_zero_warn(f"Training begins at phase {phase}, before {str(path)!r}, which is now {aside.name!r}.")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save; this callback stands before others, whose states are those of the moment between two phases."""
         if trainer.current_epoch % self.every_n_phases == 0 and trainer.current_epoch > self.done_before:
             self.save(trainer)
+        self.states = {one.state_key: copy.deepcopy(state) for one in trainer.callbacks if (state := one.state_dict())}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, after SavePretrained: a run that has this checkpoint has nothing left to do."""
-        if trainer.current_epoch > self.done_before:
-            self.save(trainer)
+        if trainer.current_epoch == self.done_before:
+            return
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            rank_zero_warn(
+                "Training ended inside a phase (trainer.max_steps, or the like), where no checkpoint can be written."
+                " pretrained/ has the policy."
+            )
+            return
+        self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was before a phase that is given up in good order, and say how to go on after anything else."""
-        if isinstance(exception, Stopped) and trainer.current_epoch > self.done_before:
+        """Save what was before a phase that is given up in good order, and say how to go on."""
+        self.given_up = isinstance(exception, Stopped)
+        if self.given_up and trainer.current_epoch > self.done_before:
             self.save(trainer)
-        elif trainer.state.fn == "fit" and (saved := checkpoints_in(self.folder)):
-            rank_zero_info(
-                f"{saved[0]} is kept. To go on, repeat the command with --run_dir {trainer.default_root_dir}"
-                " --ckpt_path last"
-            )
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoints_in(self.folder)
+        kept = f"{saved[0]} is kept" if saved else f"Nothing is kept (checkpoint.every_n_phases {self.every_n_phases})"
+        again = (
+            f"To {'go on' if saved else 'begin again'}, repeat the command with --run_dir {trainer.default_root_dir}"
+        )
+        rank_zero_info(f"{kept}. {again} --ckpt_path last")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say of Lightning's loop that it is between two phases, whatever hook saves."""
+        """Say of Lightning's loop, and of callbacks, that they are between two phases, whatever hook saves."""
+        if self.given_up:
+            checkpoint["callbacks"] = self.states
         loop = checkpoint["loops"]["fit_loop"]
         for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
             counts.update(dict.fromkeys(counts, trainer.current_epoch))
@@ -92,15 +124,16 @@ class Checkpoints(L.Callback):
         if trainer.current_epoch == self.saved:
             return
         path = self.folder / f"phase-{trainer.current_epoch:05d}.ckpt"
-        unfinished, damaged = path.with_suffix(".unfinished"), path.with_suffix(".damaged")
+        unfinished = path.with_suffix(".unfinished")
         try:
-            if trainer.is_global_zero:
-                remove(unfinished)
-            trainer.strategy.barrier()
             trainer.save_checkpoint(unfinished, weights_only=False)
-            sums = all_objects(checksums(unfinished, trainer.global_rank), trainer.world_size)
+            sums: dict[str, int] = {}
+            for part in all_objects(checksums(unfinished, trainer.global_rank), trainer.world_size):
+                if isinstance(part, OSError):
+                    raise part
+                sums |= part
             if trainer.is_global_zero and unfinished.is_dir():
-                (unfinished / CHECKSUMS).write_text(json.dumps({k: v for part in sums for k, v in part.items()}))
+                (unfinished / CHECKSUMS).write_text(json.dumps(sums))
         except (OSError, RuntimeError, CheckpointException) as error:
             remove(unfinished)
             if (reason := reason_of(error)) is None:
@@ -112,10 +145,7 @@ class Checkpoints(L.Callback):
                 + (f" {str(earlier[0])!r} holds: go on with --ckpt_path last." if earlier else "")
             ) from error
         if trainer.is_global_zero:
-            if path.exists():  # a damaged one
-                path.rename(damaged)
             unfinished.rename(path)
-            remove(damaged)
             for old in checkpoints_in(self.folder)[self.keep :]:
                 remove(old)
         trainer.strategy.barrier()  # a process that ended now would take the first one with it
@@ -128,6 +158,14 @@ class PlainCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            raise UserError(
+                f"ckpt_path: the processes that wrote {str(path)!r} shared the model out, which this trainer.strategy"
+                " does not. Give the one of that run, or use what `lit-grpo export` makes of it as model.model."
+            )
+        return super().load_checkpoint(path, *arguments, **options)
 
 
 def reason_of(error: BaseException | None) -> str | None:
@@ -144,7 +182,12 @@ def reason_of(error: BaseException | None) -> str | None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, the latest first."""
-    return sorted(folder.glob("phase-*.ckpt"), reverse=True)
+    return sorted(folder.glob("phase-*.ckpt"), key=number, reverse=True)
+
+
+def number(path: Path) -> int:
+    """How many phases were done when a checkpoint was written."""
+    return int(path.stem.removeprefix("phase-"))
 
 
 def remove(path: Path) -> None:
@@ -155,12 +198,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def checksums(path: Path, rank: int) -> dict[str, int]:
-    """Of the files that a process wrote, which are on the disk when this returns."""
+def checksums(path: Path, rank: int) -> dict[str, int] | OSError:
+    """Of the files that a process wrote, which are on the disk when this returns; or why they are not."""
     mine = [path] if path.is_file() and rank == 0 else list(path.glob(f"__{rank}_*"))
     if path.is_dir() and rank == 0:
         mine += [path / ".metadata", path / "meta.pt"]
-    return {file.name: checksum(file, sync=True) for file in mine}
+    try:
+        return {file.name: checksum(file, sync=True) for file in mine}
+    except OSError as error:  # which the other processes must know of
+        return error
 
 
 def checksum(path: Path, sync: bool = False) -> int:
@@ -175,12 +221,17 @@ def checksum(path: Path, sync: bool = False) -> int:
 
 
 def latest_whole(folder: Path) -> Path | None:
-    """The latest checkpoint of a run that can be read; a warning names those that cannot."""
-    for path in checkpoints_in(folder):
+    """The latest checkpoint of a run that can be read, if it has any; a warning names those that cannot.
+
+    Raises:
+        UserError: if none of them can.
+    """
+    for path in (found := checkpoints_in(folder)):
         if (reason := damage(path)) is None:
-            rank_zero_info(f"Going on from {path}")
             return path
-        rank_zero_warn(f"ckpt_path: {str(path)!r} is damaged ({reason}); the one before it is used.")
+        rank_zero_warn(f"ckpt_path: {str(path)!r} is damaged ({reason}); the one before it is looked at.")
+    if found:
+        raise UserError(f"ckpt_path: no checkpoint in {str(folder)!r} can be read. Begin a run in another --run_dir.")
     return None
 
 

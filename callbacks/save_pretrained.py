@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from safetensors import SafetensorError
 
 from callbacks.stop_on_signal import StopOnSignal
+from lit_grpo.errors import UserError
 from lit_grpo.export import save_pretrained
 
 
 class SavePretrained(L.Callback):
     """Writes ``pretrained/`` into the run folder when training ends: ``transformers`` and vLLM load it by its path.
 
-    Of a policy with adapters, the adapters alone, which ``peft`` loads.
+    Of a policy with adapters, the adapters alone, which ``peft`` loads. Where they cannot be written, that is said once
+    the last checkpoint, which has the policy too, was saved.
+
+    Raises:
+        UserError: if they could not be written.
     """
+
+    def __init__(self) -> None:
+        self.failed: UserError | None = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         stopping = any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks)
         if stopping and trainer.current_epoch != trainer.max_epochs:
             return  # there is only time for a checkpoint
         folder = Path(trainer.default_root_dir) / "pretrained"
-        save_pretrained(pl_module.policy, pl_module.tokenizer, folder, merge=False, write=trainer.is_global_zero)
+        try:
+            save_pretrained(pl_module.policy, pl_module.tokenizer, folder, merge=False, write=trainer.is_global_zero)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.failed = UserError(
+                f"pretrained: cannot write {str(folder)!r}: {error}. Make room; `lit-grpo export"
+                f" {trainer.default_root_dir} OUT` writes it from the last checkpoint."
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.failed is not None:
+            raise self.failed

@@ -26,7 +26,12 @@ class StopOnSignal(L.Callback):
         """Whether this process got a signal."""
         self.stopping = False
         """Whether the run ends for it, which all processes know alike."""
-        self.handlers: dict[int, Any] = {}
+        self.before: dict[int, Any] = {}
+        """Handlers that were there before."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.listen(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen(trainer)
@@ -43,8 +48,10 @@ class StopOnSignal(L.Callback):
                 launcher.kill(number)  # of processes that this one started
             self.told = True
 
-        if not self.handlers and threading.current_thread() is threading.main_thread():  # no other may
-            self.handlers = {number: signal.signal(number, note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in SIGNALS:
+                handler = signal.signal(number, note)
+                self.before.setdefault(number, handler)
         if isinstance(data := trainer.datamodule, RolloutData):
             data.stop_wanted = lambda: self.told
 
@@ -52,14 +59,12 @@ class StopOnSignal(L.Callback):
         if trainer.strategy.reduce_boolean_decision(self.told, all=False):
             self.stopping = trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.give_back()
-
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.give_back()
+        self.teardown(trainer, pl_module, "fit")
 
-    def give_back(self) -> None:
-        """Put Lightning's handlers back, which it takes away after this."""
-        for number, handler in self.handlers.items():
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put the handlers of before back, once everything is saved; a signal until then is the one that was noted."""
+        for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.handlers = {}
+            trainer._signal_connector._original_handlers[number] = handler  # after an exception, Lightning does it
+        self.before = {}

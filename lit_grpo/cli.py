@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from callbacks import (  # noqa: F401
     Checkpoints,
@@ -37,7 +39,7 @@ from callbacks.checkpoints import damage, latest_whole
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
-from lit_grpo.export import export
+from lit_grpo.export import export, new_folder
 from lit_grpo.module import PolicyModule
 
 
@@ -145,9 +147,11 @@ class CLI(LightningCLI):
             latest, goes_on = latest_whole(self.run_dir / "checkpoints"), True
             config.ckpt_path = latest and str(latest)
         elif config.ckpt_path is not None:
-            path = checkpoint_at(self.run_dir if config.ckpt_path == "last" else Path(config.ckpt_path))
+            path = checkpoint_at(self.run_dir if config.ckpt_path == "last" else Path(config.ckpt_path), "ckpt_path")
             config.ckpt_path = str(path)
             goes_on |= self.subcommand == "fit" and path.resolve().parents[1] == self.run_dir.resolve()
+        if self.subcommand == "fit" and config.ckpt_path:
+            rank_zero_info(f"Going on from {config.ckpt_path}")
         if rank_zero_only.rank == 0:
             prepare_run_dir(self.run_dir, goes_on, keep_log=self.subcommand == "test")
 
@@ -167,12 +171,17 @@ class CLI(LightningCLI):
         config["enable_checkpointing"] = False  # Lightning's own
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             config["num_sanity_val_steps"] = 0  # the curve has its first point
+        first: list[L.Callback] = [SavePretrained(), *(one for one in callbacks if isinstance(one, Checkpoints))]
+        callbacks = [*(one for one in callbacks if one not in first), LearningCurve(), Results(), StopOnSignal()]
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]
+        if config["max_time"] is not None:  # Lightning's own timer would stop inside a phase
+            callbacks.append(Timer(config["max_time"], interval=Interval.epoch))
+            config["max_time"] = None
+        given = config["callbacks"] or []
+        config["callbacks"] = [*first, *(given if isinstance(given, list) else [given])]
         try:
-            return super()._instantiate_trainer(
-                config, [Whereabouts(), StopOnSignal(), SavePretrained(), *callbacks, LearningCurve(), Results()]
-            )
+            return super()._instantiate_trainer(config, [Whereabouts(), *callbacks])
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
 
@@ -197,21 +206,27 @@ class SaveConfig(SaveConfigCallback):
 RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained", "results")
 
 
-def checkpoint_at(path: Path) -> Path:
+def checkpoint_at(path: Path, key: str) -> Path:
     """A checkpoint, or the latest of a run.
 
     Args:
         path: of the checkpoint, or of the run folder.
+        key: under which the user gave it.
 
     Raises:
         UserError: if there is none, or it is damaged.
     """
-    found = latest_whole(path / "checkpoints") if (path / "checkpoints").is_dir() else path
-    if found is None or not found.exists():
-        raise UserError(f"ckpt_path: no checkpoint {str(path)!r} (looked from {Path.cwd()}).")
-    if reason := damage(found):
-        raise UserError(f"ckpt_path: {str(found)!r} is damaged ({reason}).")
-    return found
+    for folder in (path / "checkpoints", path):
+        if latest := latest_whole(folder):
+            return latest
+    if not path.exists() or (path.is_dir() and path.suffix != ".ckpt"):
+        raise UserError(
+            f"{key}: {str(path)!r} is neither a checkpoint (run/checkpoints/phase-00050.ckpt) nor the folder of a run"
+            f" that has one (looked from {Path.cwd()})."
+        )
+    if reason := damage(path):
+        raise UserError(f"{key}: {str(path)!r} is damaged ({reason}). Choose an earlier one.")
+    return path
 
 
 def prepare_run_dir(folder: Path, goes_on: bool, keep_log: bool = False) -> None:
@@ -274,8 +289,8 @@ def run_export(args: list[str]) -> None:
     parser.add_argument("--model", help="the model that the run began with, if it is no longer where it was")
     given = parser.parse_args(args)
     keep_quiet()
-    path = checkpoint_at(given.CKPT)
-    export(path, given.OUT, given.merge, given.model)
+    new_folder(given.OUT)
+    export(checkpoint_at(given.CKPT, "CKPT"), given.OUT, given.merge, given.model)
     print(f"Wrote {given.OUT}")
 
 
@@ -290,6 +305,7 @@ def keep_quiet() -> None:
         "`torch.distributed.reduce_op` is deprecated",  # vLLM's
         "It is recommended to use `self.log",  # vLLM makes a process group of one, which Lightning takes for many
         "LightningCLI's args parameter is intended to run from within Python",
+        "torch.distributed is disabled, unavailable or uninitialized",  # export reads shares with one process
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

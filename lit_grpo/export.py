@@ -43,20 +43,32 @@ def save_pretrained(policy: Policy, tokenizer: Any, folder: Path, merge: bool, w
     tokenizer.save_pretrained(folder)
 
 
+def new_folder(path: Path) -> None:
+    """Make a folder that is to be written to.
+
+    Raises:
+        UserError: if it is not empty, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUT: cannot make the folder {str(path)!r}: {error.strerror}.") from error
+    if any(path.iterdir()):
+        raise UserError(f"OUT: {str(path)!r} is not empty. Choose another folder.")
+
+
 def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | None = None) -> None:
     """Write the policy of a checkpoint, sharded or not, as a Hugging Face folder.
 
     Args:
         checkpoint: a file, or the folder of a sharded one.
-        folder: where to; new or empty.
+        folder: where to.
         merge: see :func:`save_pretrained`.
         model: where the model lies that the run began with, if no longer where it was.
 
     Raises:
-        UserError: if the checkpoint is of no run, its model is not found, or the folder is not empty.
+        UserError: if the checkpoint is of no run, or its model is not found or another.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"OUT: {str(folder)!r} is not empty. Choose another folder.")
     sharded = checkpoint.is_dir()
     held = torch.load(
         checkpoint / "meta.pt" if sharded else checkpoint, map_location="cpu", mmap=True, weights_only=True
@@ -70,8 +82,19 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
         raise UserError(f"{error}\nThe run began with this model; say where it lies now with --model.") from error
     trained = {f"policy.{key}": x for key, x in policy.state_dict().items() if lora is None or ".lora_" in key}
     if sharded:
-        names = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        part = "model" if any(name.startswith("model.") for name in names) else "state_dict"  # of FSDP, of FSDP2
+        stored: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        part = "model" if any(key.startswith("model.") for key in stored) else "state_dict"  # of FSDP, of FSDP2
+        sizes = {key.removeprefix(f"{part}."): x.size for key, x in stored.items() if key.startswith(f"{part}.")}
+    else:
+        sizes = {key: x.shape for key, x in held["state_dict"].items()}
+    for key in sorted(sizes.keys() | trained.keys()):
+        if (there := sizes.get(key)) != (here := trained[key].shape if key in trained else None):
+            shapes = [list(size) if size else "missing" for size in (there, here)]
+            raise UserError(
+                f"--model: {name!r} is not the model of {str(checkpoint)!r}, in which {key} is {shapes[0]}; here it is"
+                f" {shapes[1]}."
+            )
+    if sharded:
         dcp.load({part: trained}, checkpoint_id=checkpoint, no_dist=True)
     else:
         for key, tensor in trained.items():

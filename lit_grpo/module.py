@@ -29,14 +29,15 @@ MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
 
 
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are numbers, text or nothing, or sequences of such."""
+def plain(value: Any) -> Any:
+    """Of settings, what is numbers, text or nothing, in lists and dictionaries; of others in a list, their kind."""
     simple = (bool, int, float, str, type(None))
-    return {
-        key: value
-        for key, value in settings.items()
-        if isinstance(value, simple) or (isinstance(value, list | tuple) and all(isinstance(x, simple) for x in value))
-    }
+    if isinstance(value, Mapping):
+        kept = {key: x for key, x in value.items() if isinstance(x, (*simple, list, tuple, Mapping))}
+        return {key: plain(x) for key, x in kept.items() if key not in ("params", "base_lrs", "_last_lr")}
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    return value if isinstance(value, simple) else type(value).__name__
 
 
 class PolicyModule(L.LightningModule):
@@ -170,13 +171,11 @@ class PolicyModule(L.LightningModule):
             optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer: {error}.") from error
-        self.settings = {"optimizer": plain(optimizer.param_groups[0])}
+        self.settings = {"class": type(optimizer).__name__, "optimizer": plain(optimizer.param_groups[0])}
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         self.settings["lr_scheduler"] = plain(scheduler.state_dict())
-        for key in ("base_lrs", "_last_lr"):  # the optimizer's
-            self.settings["lr_scheduler"].pop(key, None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -409,7 +408,12 @@ class PolicyModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         folder = Path(self.model_name)
         model = str(folder.resolve()) if folder.is_dir() else self.model_name
-        checkpoint["policy"] = {"model": model, "lora": self.lora and asdict(self.lora), "settings": self.settings}
+        checkpoint["policy"] = {
+            "model": model,
+            "lora": self.lora and asdict(self.lora),
+            "settings": self.settings,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         before: dict[str, Any] = {}
@@ -424,14 +428,19 @@ class PolicyModule(L.LightningModule):
                 f"model.model: the checkpoint's adapters were trained on {then['model']!r}, this run has"
                 f" {now['model']!r}. That is right only if it is the same model in another place."
             )
-        self.settings_before = then["settings"]
+        self.settings_before, self.skipped_in_a_row = then["settings"], then["skipped_in_a_row"]
 
     def keep_to_settings(self, before: dict[str, Any]) -> None:
         """Have the optimizer go on with this run's settings, where those of the checkpoint were others.
 
         Raises:
-            UserError: if those of the schedule were.
+            UserError: if those of the schedule were, or it is another optimizer.
         """
+        if before["class"] != self.settings["class"]:
+            raise UserError(
+                f"model.optimizer: the run that the checkpoint is of had {before['class']}, whose state says nothing to"
+                f" {self.settings['class']}. Leave it as it was, or begin a run from what `lit-grpo export` writes."
+            )
         old, new = before.get("lr_scheduler"), self.settings.get("lr_scheduler")
         if old != new:
             keys = [key for key in (old or {}) | (new or {}) if (old or {}).get(key) != (new or {}).get(key)]

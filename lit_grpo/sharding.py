@@ -86,7 +86,8 @@ def one_unit(module: nn.Module, strategy: Any) -> nn.Module:
             return wrap(module)
         return wrap(module, mixed_precision=MixedPrecision(compute, torch.float32, torch.float32))
     policy = MixedPrecisionPolicy(compute, torch.float32) if compute else MixedPrecisionPolicy()
-    fully_shard(module, mesh=strategy.device_mesh["data_parallel"], mp_policy=policy)
+    mesh = strategy.device_mesh["data_parallel"]
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # roots, else, would stay gathered
     return module
 
 

@@ -298,7 +298,7 @@ MISTAKES = {
     "reward is huge": (["--data.reward=test_cli.huge"], r"reward: huge returned 1000.*; expected a finite number"),
     "negative seed": (["--seed_everything=-1"], r"seed_everything: expected a whole number >= 0, got -1"),
     "seed true": (["--seed_everything=true"], r"seed_everything: expected a whole number >= 0, got True"),
-    "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], r"ckpt_path: no checkpoint 'nowhere.ckpt'"),
+    "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], r"ckpt_path: 'nowhere.ckpt' is neither a checkpoint"),
     "no such strategy": (["--trainer.strategy=fdsp"], r"trainer: .*fdsp"),
     "no device": (["--trainer.devices=0"], r"devices='0'"),
     "cut distribution": (

@@ -252,7 +252,9 @@ if __name__ == "__main__":
         whole_loads, load_lm = [], lit_grpo.policy.load_lm
         lit_grpo.policy.load_lm = lambda *arguments: whole_loads.append(1) or load_lm(*arguments)
         policy = load_policy(job["model"], strategy=fsdp2_of(2))
-        held = sum(p.to_local().numel() for p in policy.parameters())
+        with torch.no_grad():
+            policy(torch.tensor([[3, 4, 5]]), torch.tensor([[True, True]]))
+        held = sum(p.to_local().numel() for p in policy.parameters())  # shares again, embeddings and head too
         torch.save((held, bool(whole_loads), dict(full_weights(policy))), Path(job["folder"]) / f"{job['rank']}.pt")
         torch.distributed.destroy_process_group()
     else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from lit_grpo.export import save_pretrained
 from lit_grpo.lora import LoRA, adapters_off
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy, load_tokenizer
+from lit_grpo.quickstart import small_qwen
 
 LORA = "--model.lora={r: 4, alpha: 64}"
 
@@ -164,7 +168,9 @@ def test_a_run_with_adapters_is_saved_exported_and_evaluated(
             "holds adapters only",
         ),
         (["export", str(run), str(tmp_path / "merged")], "merged' is not empty"),
-        (["export", str(tmp_path / "nowhere"), str(tmp_path / "y")], "no checkpoint"),
+        (["export", str(tmp_path / "nowhere"), str(tmp_path / "y")], "nowhere' is neither a checkpoint"),
+        (["export", str(run / "pretrained"), str(tmp_path / "y2")], "pretrained' is neither a checkpoint"),
+        (["export", str(run), str(tmp_path / "merged" / "config.json" / "y")], "OUT: cannot make the folder"),
         (["export", str(run), str(tmp_path / "y"), f"--model={tmp_path}"], "say where it lies now with --model"),
         ([*command, "--model.lora={r: 8}", f"--run_dir={tmp_path / 'z'}", f"--ckpt_path={run}"], "run with model.lora"),
     ):
@@ -172,6 +178,29 @@ def test_a_run_with_adapters_is_saved_exported_and_evaluated(
             main(wrong)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"num_hidden_layers": 1}, r"is \[128\]; here it is missing"),
+        ({"num_hidden_layers": 4}, r"is missing; here it is \[128\]"),
+        ({"intermediate_size": 64}, r"is \[128, 256\]; here it is \[128, 64\]"),
+    ],
+)
+def test_a_model_that_is_another_is_not_written(
+    size: dict[str, int], said: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    module = PolicyModule(model)
+    held: dict[str, Any] = {"state_dict": {f"policy.{k}": x for k, x in load_policy(model).state_dict().items()}}
+    module.on_save_checkpoint(held)
+    torch.save(held, tmp_path / "phase-00001.ckpt")
+    shutil.copytree(model, tmp_path / "other")
+    small_qwen(**{"vocab_size": module.vocab_size} | size).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "phase-00001.ckpt"), str(tmp_path / "out"), f"--model={tmp_path / 'other'}"])
+    assert re.search(rf"'.*other' is not the model of '.*ckpt', in which policy.\S+ {said}", capsys.readouterr().err)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.vllm

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import csv
 import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,8 @@ from conftest import ENVIRONMENT
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
-from callbacks.checkpoints import Checkpoints, damage, latest_whole, remove
+import lit_grpo.module
+from callbacks.checkpoints import Checkpoints, checkpoints_in, damage, latest_whole, number, remove
 from lit_grpo.__main__ import main
 from lit_grpo.engines import HFEngine
 from lit_grpo.module import PolicyModule
@@ -39,19 +42,39 @@ def command(model: str, many_prompts: str) -> list[str]:
         "--data.prompts_per_phase=8", "--data.updates_per_phase=2", "--data.resample_ties=true",
         "--data.reward=test_invariance.even_first_digit", "--rollout.max_tokens=4",
         "--trainer.max_epochs=6", "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=2",
-        "--checkpoint.every_n_phases=1", "--samples.every_n_phases=1",
+        "--checkpoint.every_n_phases=1", "--samples.every_n_phases=1", "--trainer.callbacks+=test_resume.Counted",
     ]  # fmt: skip
 
 
+class Counted(Callback):
+    """Has a state of its own, as callbacks of users do."""
+
+    def __init__(self) -> None:
+        self.phases = 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases += 1
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (Path(trainer.default_root_dir) / "counted.txt").write_text(f"{self.phases} phases")
+        self.phases = -100  # which nobody is to see
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"phases": self.phases}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.phases = state_dict["phases"]
+
+
 def left_by(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]], dict[str, str]]:
-    """Weights, metrics without what a clock says, and sampled text of a run."""
+    """Weights, metrics without what a clock says, and sampled text of a run, with what a callback counted."""
     rows: list[dict[str, str]] = []
     for path in [*sorted(run.glob("metrics-*.csv")), *run.glob("metrics.csv")]:
         with open(path, newline="") as file:
             part = [{k: v for k, v in row.items() if v and "seconds" not in k} for row in csv.DictReader(file)]
         first = min((int(row["step"]) for row in part), default=10**9)
         rows = [row for row in rows if int(row["step"]) < first] + part
-    samples = {path.name: path.read_text() for path in (run / "samples").iterdir()}
+    samples = {path.name: path.read_text() for path in [*(run / "samples").iterdir(), run / "counted.txt"]}
     (weights,) = (run / "pretrained").glob("*.safetensors")
     return load_file(weights), rows, samples
 
@@ -87,25 +110,21 @@ def test_stopped_anywhere_it_goes_on_as_if_not(loss: str, hook: str, command: li
     halved = [*command, f"--run_dir={tmp_path / 'halved'}"]
     with pytest.raises(RuntimeError, match="stopped here"):
         main(
-            [*halved, f"--trainer.callbacks={{class_path: test_resume.StopAt, init_args: {{hook: {hook}, phase: 3}}}}"]
+            [*halved, f"--trainer.callbacks+={{class_path: test_resume.StopAt, init_args: {{hook: {hook}, phase: 3}}}}"]
         )
     assert not (tmp_path / "halved" / "checkpoints" / "phase-00004.ckpt").exists()
     main(halved)
     assert same(tmp_path / "whole", tmp_path / "halved")
 
 
-def kill_and_go_on(command: list[str], run: Path, after: float) -> int:
-    """Begin a run, kill it so many seconds after its first checkpoint, and go on until it is done; returns the kills."""
+def begun(command: list[str], run: Path) -> subprocess.Popen:
+    """The run as a process, from its first checkpoint on."""
     arguments = [sys.executable, "-m", "lit_grpo", *command, f"--run_dir={run}", "--ckpt_path=last"]
-    with open(run.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=log, stderr=log)
-        while process.poll() is None and not list(run.glob("checkpoints/*.ckpt")):
-            time.sleep(0.01)
-        time.sleep(after)
-        process.kill()
-        killed = process.wait() == -signal.SIGKILL
-        subprocess.run(arguments, env=ENVIRONMENT, stdout=log, stderr=log, check=True, timeout=300)
-    return int(killed)
+    with open(run.with_suffix(".log"), "a") as log:
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+    while process.poll() is None and not list(run.glob("checkpoints/*.ckpt")):
+        time.sleep(0.01)
+    return process
 
 
 def kills(points: int, losses: list[str], command: list[str], tmp_path: Path) -> None:
@@ -113,13 +132,17 @@ def kills(points: int, losses: list[str], command: list[str], tmp_path: Path) ->
     draw, spans, killed = random.Random(points), {}, 0
     for i in range(3 * points):
         loss = losses[i % len(losses)]
-        arguments, whole = [*command, f"--model.loss={loss}"], tmp_path / loss
+        arguments, whole, run = [*command, f"--model.loss={loss}"], tmp_path / loss, tmp_path / f"run-{i}"
         if loss not in spans:
-            start = time.perf_counter()
-            main([*arguments, f"--run_dir={whole}"])
-            spans[loss] = (time.perf_counter() - start) * 0.8
-        run = tmp_path / f"run-{i}"
-        killed += kill_and_go_on(arguments, run, draw.uniform(0, spans[loss]))
+            process, start = begun(arguments, whole), time.perf_counter()
+            assert process.wait(timeout=300) == 0
+            spans[loss] = time.perf_counter() - start
+        process = begun(arguments, run)
+        time.sleep(draw.uniform(0, spans[loss]))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with those that it started
+        killed += process.wait() == -signal.SIGKILL
+        assert begun(arguments, run).wait(timeout=300) == 0
         assert same(whole, run)
         shutil.rmtree(run)
         if killed == points:
@@ -129,6 +152,12 @@ def kills(points: int, losses: list[str], command: list[str], tmp_path: Path) ->
 
 def test_killed_at_a_random_moment(command: list[str], tmp_path: Path):
     kills(1, ["TwoGRPO"], command, tmp_path)
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_while_two_share_the_model(command: list[str], tmp_path: Path):
+    """And so, now and then, while both write their shares of a checkpoint."""
+    kills(5, ["TwoGRPO"], [*command, "--trainer.strategy=fsdp2", "--trainer.devices=2"], tmp_path)
 
 
 @pytest.mark.long
@@ -196,6 +225,60 @@ class TestCheckpoints:
                 noticed += 1
         assert noticed > 100
 
+    def test_later_ones_are_put_aside_where_an_earlier_one_is_gone_on_with(
+        self, run: Path, command: list[str], caplog: pytest.LogCaptureFixture
+    ):
+        """They are of another course; neither are they taken for the latest, nor do they push out new ones."""
+        earlier = f"--ckpt_path={run / 'checkpoints' / 'phase-00002.ckpt'}"
+        stop = "{class_path: test_resume.StopAt, init_args: {hook: on_train_batch_end, phase: 2}}"
+        with pytest.raises(RuntimeError, match="stopped here"), caplog.at_level("INFO"):
+            main([*command, earlier, f"--run_dir={run}", "--data.val=null", f"--trainer.callbacks+={stop}"])
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+            "phase-00002.ckpt",
+            "phase-00003.aside",
+        ]
+        assert any("phase-00002.ckpt is kept" in record.getMessage() for record in caplog.records)
+
+    def test_if_none_can_be_read_nothing_begins(
+        self, run: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+    ):
+        before = {path: path.read_bytes()[:-1000] for path in (run / "checkpoints").iterdir()}
+        for path, content in before.items():
+            path.write_bytes(content)
+        with pytest.raises(SystemExit):
+            main([*command, f"--run_dir={run}", "--ckpt_path=last"])
+        assert re.search(r"no checkpoint in '.*' can be read. Begin a run in another", capsys.readouterr().err)
+        assert {path: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
+
+    def test_the_latest_is_that_of_most_phases(self, tmp_path: Path):
+        for phases in (99999, 100000, 2):
+            (tmp_path / f"phase-{phases:05d}.ckpt").touch()
+        assert [number(path) for path in checkpoints_in(tmp_path)] == [100000, 99999, 2]
+
+    @pytest.mark.parametrize("limit", ["max_steps=3", "max_time={seconds: 1}"])
+    def test_none_is_of_the_middle_of_a_phase(self, limit: str, command: list[str], tmp_path: Path):
+        run = tmp_path / "run"
+        main([*command, "--data.val=null", "--trainer.max_epochs=500", f"--trainer.{limit}", f"--run_dir={run}"])
+        assert (run / "pretrained" / "model.safetensors").exists()
+        found = checkpoints_in(run / "checkpoints")
+        assert all(torch.load(path, weights_only=True)["global_step"] == 2 * number(path) for path in found)
+        assert (number(found[0]) == 1) == ("steps" in limit)
+
+    def test_it_is_written_where_the_model_cannot_be(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        def full(policy: Any, tokenizer: Any, folder: Path, **_: Any) -> None:
+            folder.mkdir()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("callbacks.save_pretrained.save_pretrained", full)
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'run'}", "--data.val=null"])
+        assert stop.value.code == 2
+        assert re.search(r"cannot write '.*pretrained': .*No space left.*lit-grpo export", capsys.readouterr().err)
+        assert (tmp_path / "run" / "checkpoints" / "phase-00002.ckpt").exists()
+        assert not (tmp_path / "run" / "pretrained").exists()
+
     def test_nothing_goes_through_the_folder_of_temporary_files(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
@@ -233,6 +316,14 @@ class TestFlagsHold:
         steps = 4  # LinearLR goes from a third to the whole in nine
         assert group["lr"] == pytest.approx(1e-5 * (1 / 3 + 2 / 3 * steps / 9))
 
+    def test_another_optimizer_is_refused(self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        command = [part for part in command if not part.startswith(("--model.lr_scheduler", "--model.optimizer"))]
+        command += [f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--ckpt_path=last"]
+        main([*command, "--trainer.max_epochs=1", "--model.optimizer=AdamW", "--model.optimizer.lr=1e-3"])
+        with pytest.raises(SystemExit):
+            main([*command, "--trainer.max_epochs=2", "--model.optimizer=SGD", "--model.optimizer.lr=1e-3"])
+        assert "had AdamW, whose state says nothing to SGD" in capsys.readouterr().err
+
     def test_another_schedule_is_refused(self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         command = [*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--ckpt_path=last"]
         main([*command, "--trainer.max_epochs=1"])
@@ -249,8 +340,21 @@ def test_ctrl_c_says_how_to_go_on(command: list[str], tmp_path: Path, caplog: py
     stop = "{class_path: test_resume.StopAt, init_args: {hook: on_train_batch_end, phase: 2, error: KeyboardInterrupt}}"
     run = tmp_path / "run"
     with pytest.raises(SystemExit), caplog.at_level("INFO"):
-        main([*command, "--data.val=null", f"--run_dir={run}", f"--trainer.callbacks={stop}"])
+        main([*command, "--data.val=null", f"--run_dir={run}", f"--trainer.callbacks+={stop}"])
     said = f"phase-00002.ckpt is kept. To go on, repeat the command with --run_dir {run} --ckpt_path last"
+    assert any(said in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    with pytest.raises(SystemExit), caplog.at_level("INFO"):
+        main(
+            [
+                *command,
+                "--data.val=null",
+                "--checkpoint.every_n_phases=9",
+                f"--run_dir={tmp_path / 'short'}",
+                f"--trainer.callbacks+={stop}",
+            ]
+        )
+    said = "Nothing is kept (checkpoint.every_n_phases 9). To begin again, repeat the command"
     assert any(said in record.getMessage() for record in caplog.records)
 
 
@@ -261,7 +365,7 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(command: list[str], t
         main(
             [
                 *command,
-                "--trainer.callbacks={class_path: test_resume.StopAt, init_args: {hook: on_train_start, phase: 0}}",
+                "--trainer.callbacks+={class_path: test_resume.StopAt, init_args: {hook: on_train_start, phase: 0}}",
             ]
         )
     main(command)
@@ -279,7 +383,9 @@ FSDP1 = "{class_path: test_invariance.FSDPOnCPU, init_args: {process_group_backe
     ("strategy", "more"),
     [("ddp", ["--model.lora={r: 4}"]), ("fsdp2", []), (FSDP1, []), (TENSOR, [])],
 )
-def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], command: list[str], tmp_path: Path):
+def test_two_processes_go_on_as_if_not_stopped(
+    strategy: str, more: list[str], command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Sharded checkpoints, a reference, and a clipped gradient; nothing but a flag tells the strategies apart."""
     command = [
         sys.executable,
@@ -308,6 +414,10 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], c
     weights, expected = load_file(exported), load_file(saved)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     if checkpoint.is_dir():
+        alone = [*command[3:], "--trainer.strategy=auto", "--trainer.devices=1", f"--run_dir={tmp_path / 'alone'}"]
+        with pytest.raises(SystemExit):
+            main([*alone, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=5"])
+        assert "shared the model out, which this trainer.strategy does not." in capsys.readouterr().err
         assert damage(checkpoint) is None
         summed = json.loads((checkpoint / "checksums.json").read_text())
         assert summed.keys() == {path.name for path in checkpoint.iterdir()} - {"checksums.json"}
@@ -320,15 +430,19 @@ def test_two_processes_go_on_as_if_not_stopped(strategy: str, more: list[str], c
         assert "No such file" in str(damage(checkpoint))
 
 
-def test_told_to_end_before_it_begins_it_says_so(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """While the untrained policy is validated; nothing is saved, and the exit code is that of a run to go on with."""
-    generate = HFEngine._generate
+@pytest.mark.parametrize("moment", ["loading", "validating"])
+def test_told_to_end_before_it_begins_it_says_so(
+    moment: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is saved, and the exit code is that of a run to go on with."""
+    owner, name = (lit_grpo.module, "load_policy") if moment == "loading" else (HFEngine, "_generate")
+    original = getattr(owner, name)
 
     def tell(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return generate(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments)
 
-    monkeypatch.setattr(HFEngine, "_generate", tell)
+    monkeypatch.setattr(owner, name, tell)
     with pytest.raises(SystemExit) as stop:
         main([*command, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"])
     assert stop.value.code == 128 + signal.SIGTERM
@@ -370,6 +484,8 @@ def test_told_to_end_it_saves_and_goes_on_as_if_not(
             return original(*arguments, **options)
 
         patch.setattr(owner, name, tell)
+        save = Checkpoints.save
+        patch.setattr(Checkpoints, "save", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), save(*a)))  # told again
         handler = signal.getsignal(signal_sent)
         with pytest.raises(SystemExit) as stop:
             main(told)

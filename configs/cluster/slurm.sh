@@ -15,7 +15,7 @@ srun --kill-on-bad-exit=1 lit-grpo fit -c configs/paper/2grpo.yaml \
     --trainer.strategy fsdp2 --trainer.num_nodes 2 --trainer.devices 8 \
     --run_dir runs/my_run --ckpt_path last
 code=$?
-if [ "$code" -eq 143 ]; then # told to end, and saved
+if [ "$code" -eq 143 ] || [ "$code" -eq 138 ]; then # told to end, and saved; or told before there was anything to save
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
