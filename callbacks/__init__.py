@@ -5,6 +5,7 @@
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.learning_curve import LearningCurve
+from callbacks.ledger import Ledger
 from callbacks.progress import PhaseProgress
 from callbacks.reference_cache import ReferenceCache
 from callbacks.results import Results
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoints",
     "HFRollout",
     "LearningCurve",
+    "Ledger",
     "PhaseProgress",
     "ReferenceCache",
     "Results",

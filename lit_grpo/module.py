@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,8 @@ class PolicyModule(L.LightningModule):
         self.kl_baseline: Tensor | None = None
         self.skipped_in_a_row = 0
         self.grad_norm: Tensor | None = None
+        self.seconds_scoring = 0.0
+        """Taken by log-probs without gradient since a callback set it to 0."""
         self.settings: dict[str, Any] = {}
         """Of the optimizer and the schedule, as they began."""
         self.settings_before: dict[str, Any] | None = None
@@ -250,8 +253,10 @@ class PolicyModule(L.LightningModule):
 
     def logps_of(self, model: Policy | Callable[..., Any], batch: Batch) -> Tensor:
         """Log-probs of a batch by the policy or the reference, without gradient, in a training step or outside."""
+        start = time.perf_counter()
         with torch.no_grad(), self.trainer.strategy.precision_plugin.forward_context():
             logps, _ = model(batch.tokens, batch.mask, batch.temperature)
+        self.seconds_scoring += time.perf_counter() - start
         return logps
 
     def estimate_kl_baseline(self, batches: list[Batch]) -> Tensor:

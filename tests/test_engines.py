@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -283,13 +284,13 @@ from lit_grpo.engines import Deadline, HFEngine, Sampling
 from lit_grpo.policy import load_config
 Deadline.grace = 0.1
 engine = HFEngine(load_config({model!r}), [1], 64, timeout=0.1)
-engine.model.generate = lambda *_, **__: time.sleep(10**6)
+engine.model.forward = lambda *_, **__: time.sleep(10**6)
 engine.generate([[3, 4]], 1, Sampling(4), [1])
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
-    assert "did not finish within 0.1 s (rollout.init_args.timeout): reading prompts, the first [3, 4]" in run.stderr
-    assert "in _decode" in run.stderr
+    assert "did not finish within 0.1 s (rollout.init_args.timeout): token 0 of prompt [3, 4]" in run.stderr
+    assert "in _write" in run.stderr
 
 
 def test_hf_engine_holds_no_copy_of_the_weights(model: str, policy: Policy):
@@ -297,6 +298,25 @@ def test_hf_engine_holds_no_copy_of_the_weights(model: str, policy: Policy):
     engine.load_weights(full_weights(policy.lm))
     ours = {p.data_ptr() for p in policy.lm.parameters()}
     assert {p.data_ptr() for p in engine.model.parameters()} == ours
+
+
+def test_hf_engine_reads_a_prompt_once_and_writes_nothing_after_an_end(
+    monkeypatch: pytest.MonkeyPatch, model: str, policy: Policy
+):
+    engine = HFEngine(load_config(model), [1, 4, 5, 6, 7, 8], context=64)
+    engine.load_weights(full_weights(policy))
+    forward, seen = engine.model.forward, []
+
+    def counted(tokens: Tensor, **options: Any) -> Any:
+        seen.append(tuple(tokens.shape))
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    answers = engine.generate(PROMPTS, 16, Sampling(12), [100, 200, 300])
+    lengths = [len(completion.token_ids) for group in answers for completion in group]
+    assert len(set(lengths)) > 3
+    assert seen[0] == (3, 8)
+    assert seen[1:] == [(sum(length > t for length in lengths), 1) for t in range(1, max(lengths))]
 
 
 def test_hf_engine_stops_at_every_id(model: str, policy: Policy):

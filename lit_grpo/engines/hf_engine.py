@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.initialization import no_init_weights
 
@@ -17,7 +17,7 @@ from lit_grpo.engines.base import Deadline, Engine, Sampling
 
 
 class HFEngine(Engine):
-    """``model.generate`` on the policy's own weights.
+    """Sampling on the policy's own weights: each prompt is read once, and completions that have ended cost nothing.
 
     The engine's model has no memory of its own: ``load_weights`` makes its parameters point at the tensors it is given.
     For an unsharded policy they are the policy's; a sharded one is gathered whole until the engine sleeps.
@@ -37,7 +37,6 @@ class HFEngine(Engine):
         self.stop_token_ids, self.max_batch_size = stop_token_ids, max_batch_size
         with no_init_weights():
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval().requires_grad_(False)
-        self.model.generation_config = GenerationConfig()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         detached = {name: tensor.detach() for name, tensor in weights}
@@ -53,63 +52,72 @@ class HFEngine(Engine):
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
     ) -> list[list[Completion]]:
-        rows = [(i, seeds[i] + j) for i in range(len(prompts)) for j in range(n)]
-        rows.sort(
-            key=lambda row: len(prompts[row[0]])
-        )  # little padding; a stable sort keeps the samples of a prompt in order
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+        rows = [(i, j) for i in order for j in range(n)]
         completions: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(rows), self.max_batch_size):
             part = rows[start : start + self.max_batch_size]
-            generated = self._decode([prompts[i] for i, _ in part], sampling, [seed for _, seed in part], deadline)
-            for (i, _), completion in zip(part, generated, strict=True):
+            place = {i: k for k, i in enumerate(dict.fromkeys(i for i, _ in part))}
+            of_prompt, of_seed = [place[i] for i, _ in part], [seeds[i] + j for i, j in part]
+            written = self._write([prompts[i] for i in place], of_prompt, of_seed, sampling, deadline)
+            for (i, _), completion in zip(part, written, strict=True):
                 completions[i].append(completion)
         return completions
 
-    def _decode(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], deadline: Deadline
+    @torch.no_grad()
+    def _write(
+        self, prompts: list[list[int]], of_prompt: list[int], seeds: list[int], sampling: Sampling, deadline: Deadline
     ) -> list[Completion]:
-        device, width = self.model.device, max(map(len, prompts))
-        padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        """One completion for each seed, of the prompt with the number in ``of_prompt``."""
+        device, width, count, most = self.model.device, max(map(len, prompts)), len(seeds), sampling.max_tokens
+        tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        stops = torch.tensor(self.stop_token_ids, device=device)
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        rows = torch.arange(count, device=device)  # those that go on
+        stay = torch.tensor(of_prompt, device=device)  # by their place in the batch before
+        draw, stops = _Draw(sampling, seeds, device), torch.tensor(self.stop_token_ids, device=device)
+        written = torch.zeros(count, most, dtype=torch.int64, device=device)
+        logps = torch.zeros(count, most, device=device)
+        lengths = torch.full((count,), most, device=device)
+        complete = torch.zeros(count, dtype=torch.bool, device=device)
 
-        def unfinished(tokens: Tensor) -> str:
-            written = tokens[:, width:]
-            row = int(torch.isin(written, stops).any(-1).logical_not().nonzero()[0])
-            return f"token {written.shape[1]} of prompt {prompts[row]}"
+        def where() -> str:
+            return f"token {t} of prompt {prompts[of_prompt[rows[0]]]}"
 
-        sampler = _Sampler(sampling, seeds, device, lambda tokens: deadline.check(lambda: unfinished(tokens)))
-        output = self.model.generate(
-            padded,
-            attention_mask=attention,
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=self.stop_token_ids,
-                pad_token_id=self.stop_token_ids[0],
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-        logps = torch.stack(sampler.logps, dim=1).tolist()
-        completions = []
-        for token_ids, token_logps in zip(output[:, width:].tolist(), logps, strict=True):
-            stop = next((t for t, token in enumerate(token_ids) if token in self.stop_token_ids), None)
-            length = len(token_ids) if stop is None else stop + 1
-            completions.append(Completion(token_ids[:length], token_logps[:length], truncated=stop is None))
-        return completions
+        for t in range(most):
+            deadline.check(where)
+            logits = self.model(
+                tokens, attention_mask=attention, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits[:, -1]
+            if t == 0:  # from prompts to completions
+                cache.reorder_cache(stay)
+                logits, attention, positions = logits[stay], attention[stay], positions[stay, -1:]
+            token, logp = draw(logits, rows, t)
+            written[rows, t], logps[rows, t] = token, logp
+            ended = torch.isin(token, stops)
+            if ended.any():
+                lengths[rows[ended]], complete[rows[ended]] = t + 1, True
+                stay = ended.logical_not().nonzero().flatten()
+                if not len(stay):
+                    break
+                cache.reorder_cache(stay)
+                rows, token, attention, positions = rows[stay], token[stay], attention[stay], positions[stay]
+            tokens, positions = token[:, None], positions + 1
+            attention = torch.cat([attention, torch.ones_like(tokens)], dim=-1)
+        return [
+            Completion(ids[:length], token_logps[:length], truncated=not whole)
+            for ids, token_logps, length, whole in zip(
+                written.tolist(), logps.tolist(), lengths.tolist(), complete.tolist(), strict=True
+            )
+        ]
 
 
-class _Sampler(LogitsProcessor):
-    """Draws each row's next token with the row's own random numbers and leaves greedy decoding no other choice.
+class _Draw:
+    """Draws each row's next token with the row's own random numbers, so that no row depends on those beside it."""
 
-    ``model.generate`` can only draw from one global generator; doing it here makes a row's tokens independent of the
-    rows beside it, and yields their log-probs on the way.
-    """
-
-    def __init__(
-        self, sampling: Sampling, seeds: list[int], device: torch.device, each_step: Callable[[Tensor], None]
-    ) -> None:
-        self.sampling, self.each_step = sampling, each_step
-        self.logps: list[Tensor] = []
+    def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
+        self.temperature = sampling.temperature
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms = torch.stack([torch.rand(sampling.max_tokens, generator=g) for g in generators]).to(device)
         self.filters = LogitsProcessorList()  # in vLLM's order
@@ -120,15 +128,13 @@ class _Sampler(LogitsProcessor):
         if sampling.top_p < 1:
             self.filters.append(TopPLogitsWarper(sampling.top_p))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.each_step(input_ids)
-        temperature = self.sampling.temperature
-        logps = self.filters(input_ids, scores.float() / (temperature or 1.0)).log_softmax(-1)
-        if temperature == 0:
+    def __call__(self, logits: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``[R]`` and their log-probs, from logits ``[R, V]`` of these rows at their t-th token."""
+        logps: Tensor = self.filters(None, logits.float() / (self.temperature or 1.0)).log_softmax(-1)
+        if self.temperature == 0:
             token = logps.argmax(-1, keepdim=True)
         else:
             cumulative = logps.exp().cumsum(-1)
-            uniform = self.uniforms[:, len(self.logps), None] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=scores.shape[-1] - 1)
-        self.logps.append(logps.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+            uniform = self.uniforms[rows, t, None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[-1] - 1)
+        return token.squeeze(-1), logps.gather(-1, token).squeeze(-1)
