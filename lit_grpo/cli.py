@@ -25,6 +25,7 @@ from callbacks import (  # noqa: F401
     Checkpoints,
     HFRollout,
     LearningCurve,
+    Ledger,
     PhaseProgress,
     ReferenceCache,
     Results,
@@ -181,7 +182,7 @@ class CLI(LightningCLI):
         given = config["callbacks"] or []
         config["callbacks"] = [*first, *(given if isinstance(given, list) else [given])]
         try:
-            return super()._instantiate_trainer(config, [Whereabouts(), *callbacks])
+            return super()._instantiate_trainer(config, [Ledger(), Whereabouts(), *callbacks])
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
 
