@@ -1,13 +1,16 @@
 """The same training by TRL and by us: rollouts per second, tokens trained per second, peak memory.
 
-    python benchmarks/vs_trl.py [--pairs 5] [--only NAME ...]     # needs trl, and vllm for the rows that name it
+    python benchmarks/vs_trl.py [--pairs 5] [--only 0 3 ...]     # needs trl, and vllm for the lines that name it
 
-Each run is a process of its own; the two sides alternate, and the ratio of a pair is theirs alone. Both sides draw G
-completions of each of the same number of prompts per step, score them with the same function, and make one update with
-AdamW at the same rate in the same micro-batches; no KL term, no evaluation, no checkpoints. The reward is a coin with
-pass rate p for each completion, by a hash of its text, so that ties are as frequent as the theory says: a policy cannot
-learn it. What a run is not asked for by its settings it may leave out: TRL trains on tied groups, we do not; that is
-the one difference in work, and the column "trained" shows it.
+Each run is a process of its own; the two sides alternate, and a ratio is of the two runs of a pair. Both draw G
+completions of each of the same number of prompts per step with temperature 1, score them with the same function, and
+make one update with AdamW at the same rate in as many micro-batches; no KL term, no evaluation, no checkpoints. The
+reward is a coin with pass rate p, by a hash of the completion, which no policy can learn: ties are as frequent as the
+theory says throughout. TRL samples with ``model.generate``, we with the engine that a line names.
+
+What each side does with the 512 (or 64) rollouts of a step: TRL trains on all of them, we leave out groups that are
+tied, whose gradient is zero, with the denominators of all. "trained" is completion tokens per step. Before any timing,
+TRL's own first step, its completions and advantages, is given to our policy and loss: the gradients must agree.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ import torch
 
 VOCABULARY = 128
 SIZES = {"0.6 M": (128, 3), "25 M": (512, 9)}
+MOST_DIFFERENT = 1e-4
+"""Of two gradients, relative to their norm."""
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Work:
     """``even``: all completions have ``max_tokens`` tokens. ``long-tailed``: each token is the last at 1 in 32."""
 
     engine: str
-    """Ours; theirs is ``model.generate`` always."""
+    """Ours."""
 
     rollouts: int = 512
     max_tokens: int = 16
@@ -58,25 +63,32 @@ class Work:
         return f"{self.size}, G {self.group_size}, p {self.pass_rate}, {self.lengths}, {self.engine}"
 
 
+LONG_TAIL: dict[str, Any] = {"lengths": "long-tailed", "max_tokens": 128}
 WORK = [
     Work("0.6 M", 2, 0.5, "even", "HFRollout"),
     Work("0.6 M", 2, 0.2, "even", "HFRollout"),
     Work("0.6 M", 2, 0.8, "even", "HFRollout"),
     Work("0.6 M", 16, 0.5, "even", "HFRollout"),
-    Work("0.6 M", 2, 0.5, "long-tailed", "HFRollout", max_tokens=128),
-    Work("25 M", 2, 0.5, "long-tailed", "HFRollout", rollouts=64, max_tokens=128, steps=3),
-    Work("25 M", 2, 0.5, "long-tailed", "VLLMRollout", rollouts=64, max_tokens=128, steps=3),
-    Work("25 M", 16, 0.5, "long-tailed", "VLLMRollout", rollouts=64, max_tokens=128, steps=3),
+    Work("0.6 M", 2, 0.5, engine="HFRollout", **LONG_TAIL),
+    Work("25 M", 2, 0.5, engine="HFRollout", rollouts=64, steps=3, **LONG_TAIL),
+    Work("25 M", 2, 0.5, engine="VLLMRollout", rollouts=64, steps=3, **LONG_TAIL),
+    Work("25 M", 16, 0.5, engine="VLLMRollout", rollouts=64, steps=3, **LONG_TAIL),
 ]
 
 
-def coin(text: str, rate: float) -> float:
-    """1 with probability ``rate``, the same for the same text."""
-    return float(zlib.crc32(text.encode()) % 10_000 < rate * 10_000)
+class Coin:
+    """1 with a probability, the same for the same text; counts what it is asked."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.asked = rate, 0
+
+    def __call__(self, texts: list[str]) -> list[float]:
+        self.asked += len(texts)
+        return [float(zlib.crc32(text.encode()) % 10_000 < self.rate * 10_000) for text in texts]
 
 
 def make_task(folder: Path, work: Work) -> None:
-    """A random model, its tokenizer of one symbol a token, and prompts of 8 to 24 tokens."""
+    """A random model, a tokenizer whose tokens are single letters, and 1,024 prompts of 8 to 24 of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -85,23 +97,42 @@ def make_task(folder: Path, work: Work) -> None:
     torch.manual_seed(0)
     hidden, layers = SIZES[work.size]
     # An end token beyond the vocabulary is never drawn; four of 128 are, at one token in 32.
-    stops = [VOCABULARY] if work.lengths == "even" else [0, 1, 2, 3]
+    ends = [VOCABULARY] if work.lengths == "even" else [0, 1, 2, 3]
     size = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
-    lm = small_qwen(vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=stops, **size)
-    lm.generation_config.eos_token_id = stops
+    lm = small_qwen(vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=ends, **size)
+    lm.generation_config.eos_token_id = ends
     lm.save_pretrained(folder)
     letters = list(string.ascii_letters + string.digits)
-    names = [f"<{i}>" for i in range(VOCABULARY + 1 - len(letters))] + letters
-    symbols = {name: i for i, name in enumerate(names[:VOCABULARY])} | {"<end>": VOCABULARY}
-    tokenizer = Tokenizer(models.WordLevel(symbols, unk_token="<4>"))
+    names = [f"<{i}>" for i in range(VOCABULARY - len(letters))] + letters + [f"<{VOCABULARY}>"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<4>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    end = "<end>" if work.lengths == "even" else "<0>"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, pad_token="<5>", unk_token="<4>"
-    ).save_pretrained(folder)
+    special = {"eos_token": f"<{ends[0]}>", "pad_token": "<5>", "unk_token": "<4>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     draw = random.Random(0)
-    texts = ["".join(draw.choices(letters, k=8 + i % 17)) for i in range(1024)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t, "answer": "x"}) + "\n" for t in texts))
+    rows = [{"prompt": "".join(draw.choices(letters, k=8 + i % 17)), "answer": "x"} for i in range(1024)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Marks:
+    """When each step ended, and how many completion tokens had been trained on."""
+
+    def __init__(self) -> None:
+        self.trained, self.steps = 0, list[tuple[float, int]]()
+
+    def step(self) -> None:
+        self.steps.append((time.perf_counter(), self.trained))
+
+    def rates(self, work: Work, coin: Coin) -> dict[str, float]:
+        """Of all steps but the first, which warms up."""
+        assert coin.asked == work.steps * work.rollouts, (coin.asked, work)
+        (start, before), (end, after) = self.steps[0], self.steps[-1]
+        steps = len(self.steps) - 1
+        return {
+            "rollouts": steps * work.rollouts / (end - start),
+            "tokens": (after - before) / (end - start),
+            "trained": (after - before) / steps,
+            "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
 
 
 def run_ours(folder: Path, work: Work) -> dict[str, float]:
@@ -109,82 +140,146 @@ def run_ours(folder: Path, work: Work) -> dict[str, float]:
     import lightning as L
 
     from callbacks import HFRollout, VLLMRollout
-    from lit_grpo import GRPO, PolicyModule, RolloutData, TwoGRPO
+    from lit_grpo import GRPO, PolicyModule, RolloutData, Sample
     from lit_grpo.data import Source
 
-    marks, trained = [], [0]
+    marks, coin = Marks(), Coin(work.pass_rate)
 
     class Clock(L.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            trained[0] += int(batch.mask.sum())
+            marks.trained += int(batch.mask.sum())
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            marks.append((time.perf_counter(), trained[0]))
+            marks.step()
 
-    loss = TwoGRPO() if work.group_size == 2 else GRPO()
+    def reward(samples: list[Sample]) -> list[float]:
+        return [1.0] * len(samples) if samples[0].completion == "x" else coin([s.completion for s in samples])
+
     module = PolicyModule(
-        str(folder), loss, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0), max_mismatch=1.0
+        str(folder),
+        GRPO(scale="sample", epsilon=1e-4),  # TRL's
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
+        max_mismatch=1.0,
     )
     data = RolloutData(
         Source(str(folder / "prompts.jsonl")),
-        reward=lambda samples: [coin(s.completion, work.pass_rate) for s in samples],
+        reward=reward,
         prompts_per_phase=work.rollouts // work.group_size,
         group_size=work.group_size,
     )
-    rollout = (VLLMRollout if work.engine == "VLLMRollout" else HFRollout)(max_tokens=work.max_tokens)
-    L.Trainer(
-        accelerator="cpu", max_epochs=work.steps, accumulate_grad_batches=work.micro_batches, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[rollout, Clock()],
+    rollout = {"HFRollout": HFRollout, "VLLMRollout": VLLMRollout}[work.engine](max_tokens=work.max_tokens)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=work.steps,
+        accumulate_grad_batches=work.micro_batches,
         gradient_clip_val=1.0,
-    ).fit(module, datamodule=data)  # fmt: skip
-    return measured(marks, work)
+        callbacks=[rollout, Clock()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return marks.rates(work, coin)
 
 
-def run_theirs(folder: Path, work: Work) -> dict[str, float]:
-    """One process's training by TRL."""
+def trl_trainer(folder: Path, work: Work, coin: Coin, each_batch: Any, callback: Any) -> Any:
+    """TRL's trainer of the same work, which shows the inputs of each loss."""
     from datasets import load_dataset
-    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    marks, trained = [], [0]
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            marks.append((time.perf_counter(), trained[0]))
-
-    class Counted(GRPOTrainer):
+    class Shown(GRPOTrainer):
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
-            trained[0] += int(inputs["completion_mask"].sum())
+            each_batch(inputs)
             return super().compute_loss(model, inputs, *arguments, **options)
 
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, max_steps=work.steps, learning_rate=1e-5,
-        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, per_device_train_batch_size=work.rollouts // work.micro_batches,
-        gradient_accumulation_steps=work.micro_batches, num_generations=work.group_size, beta=0.0,
-        max_completion_length=work.max_tokens, temperature=1.0, top_k=0, loss_type="grpo", scale_rewards="group",
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        max_steps=work.steps,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=work.rollouts // work.micro_batches,
+        gradient_accumulation_steps=work.micro_batches,
         gradient_checkpointing=False,
-    )  # fmt: skip
-    Counted(
+        num_generations=work.group_size,
+        max_completion_length=work.max_tokens,
+        temperature=1.0,
+        top_k=0,
+        beta=0.0,
+        loss_type="grpo",
+        scale_rewards="group",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    return Shown(
         model=str(folder),
         args=config,
-        reward_funcs=lambda completions, **_: [coin(text, work.pass_rate) for text in completions],
+        reward_funcs=lambda completions, **_: coin(completions),
         train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
-        callbacks=[Clock()],
-    ).train()
-    return measured(marks, work)
+        callbacks=[callback],
+    )
 
 
-def measured(marks: list[tuple[float, int]], work: Work) -> dict[str, float]:
-    """Rates over all steps but the first, which warms up."""
-    (start, before), (end, after) = marks[0], marks[-1]
-    steps = len(marks) - 1
-    return {
-        "rollouts": steps * work.rollouts / (end - start),
-        "tokens": (after - before) / (end - start),
-        "trained": (after - before) / steps,
-        "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+def run_trl(folder: Path, work: Work) -> dict[str, float]:
+    """One process's training by TRL."""
+    from transformers import TrainerCallback
+
+    marks, coin = Marks(), Coin(work.pass_rate)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            marks.step()
+
+    def count(inputs: Any) -> None:
+        marks.trained += int(inputs["completion_mask"].sum())
+
+    trl_trainer(folder, work, coin, count, Clock()).train()
+    return marks.rates(work, coin)
+
+
+def check_gradient(folder: Path, work: Work) -> dict[str, float]:
+    """How far our gradient is from TRL's, relative to its norm, on TRL's first step before anything is clipped."""
+    from transformers import TrainerCallback
+
+    from lit_grpo import GRPO
+    from lit_grpo.data.collate import Row, step_batches
+    from lit_grpo.data.types import Completion
+    from lit_grpo.losses import LossInputs
+    from lit_grpo.policy import load_policy
+
+    rows, theirs = list[Row](), dict[str, torch.Tensor]()
+
+    def keep(inputs: Any) -> None:
+        parts = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        for prompt, prompt_mask, ids, mask, advantage in zip(*(inputs[part] for part in parts), strict=True):
+            completion = Completion(ids[mask.bool()].tolist())
+            rows.append(Row(prompt[prompt_mask.bool()].tolist(), completion, advantage.item()))
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            theirs.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    work.steps = 1
+    trainer = trl_trainer(folder, work, Coin(work.pass_rate), keep, Look())
+    trainer.args.max_grad_norm = 0.0  # off
+    trainer.train()
+    loss, policy = GRPO(), load_policy(str(folder))
+    total = sum(len(row.completion.token_ids) for row in rows)
+    for batch in step_batches(rows, work.micro_batches, loss, len(rows), total, None, on_policy=True):
+        logps, _ = policy(batch.tokens, batch.mask)
+        loss(LossInputs(logps, batch.mask, batch.advantages, total_rows=len(rows), total_tokens=total)).loss.backward()
+    ours = {name: p.grad for name, p in policy.lm.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+    return {"difference": (torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm() / norm).item()}
+
+
+SIDES = {"ours": run_ours, "trl": run_trl, "gradient": check_gradient}
 
 
 def one(side: str, folder: str, work: Work) -> dict[str, float]:
@@ -199,29 +294,31 @@ def one(side: str, folder: str, work: Work) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[], help="numbers of lines")
-    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", type=int, default=range(len(WORK)), help="numbers of lines")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         warnings.simplefilter("ignore")
-        work = Work(**json.loads(options.work))
-        print(json.dumps((run_ours if options.side == "ours" else run_theirs)(Path(options.folder), work)))
+        print(json.dumps(SIDES[options.side](Path(options.folder), Work(**json.loads(options.work)))))
         return
-    print(f"{'':52}{'rollouts/s':>22}{'tokens trained/s':>20}{'trained/step':>18}{'peak MiB':>14}  ratio of rollouts/s")
-    for number, work in enumerate(WORK):
-        if options.only and str(number) not in options.only:
-            continue
+    columns = f"{'rollouts/s':>22}{'tokens trained/s':>20}{'trained/step':>18}{'peak MiB':>14}"
+    print(f"{'ours / TRL':52}{columns}  gradient  ratio of rollouts/s")
+    for number in options.only:
+        work = WORK[number]
         with tempfile.TemporaryDirectory() as folder:
             make_task(Path(folder), work)
+            difference = one("gradient", folder, work)["difference"]
+            if not difference < MOST_DIFFERENT:
+                raise SystemExit(f"{work.name}: our gradient is not TRL's, relative difference {difference:.2g}.")
             pairs = [(one("ours", folder, work), one("trl", folder, work)) for _ in range(options.pairs)]
         middle = {key: [statistics.median(pair[i][key] for pair in pairs) for i in (0, 1)] for key in pairs[0][0]}
         ratios = sorted(ours["rollouts"] / theirs["rollouts"] for ours, theirs in pairs)
         shown = [f"{middle[key][0]:,.0f} / {middle[key][1]:,.0f}" for key in ("rollouts", "tokens", "trained", "MiB")]
         print(
             f"{number} {work.name:50}{shown[0]:>22}{shown[1]:>20}{shown[2]:>18}{shown[3]:>14}"
-            f"  {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
+            f"  {difference:8.1g}  {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
             flush=True,
         )
 
