@@ -13,17 +13,15 @@ import argparse
 import json
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
-import psutil
 import torch
+from measure import peak_memory
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
@@ -108,23 +106,6 @@ def generation(folder: Path, lm: Qwen2ForCausalLM, size: str, lengths: str, repe
     )
     line(f"vLLM / HFEngine, {size}, {lengths}", pairs, tokens)
     vllm_engine.close()
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """MiB that the process took at most beyond what it had."""
-    process, found, over = psutil.Process(), [0.0], threading.Event()
-    start = process.memory_info().rss
-
-    def watch() -> None:
-        while not over.wait(0.001):
-            found[0] = max(found[0], (process.memory_info().rss - start) / 2**20)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield found
-    over.set()
-    thread.join()
 
 
 def sync(folder: Path, lm: Qwen2ForCausalLM, size: str, repeats: int) -> None:
