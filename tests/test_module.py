@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import quiet_trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from test_invariance import ScriptedRollout, even_first_digit
@@ -53,14 +54,55 @@ class TestLogps:
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-12)
 
-    def test_softcap(self):
-        head = torch.nn.Linear(4, 7, bias=False).double()
-        hidden, tokens = torch.randn(1, 3, 4, dtype=torch.float64), torch.tensor([[1, 2, 3]])
-        found, _ = completion_logps(hidden, tokens, torch.ones(1, 2).bool(), head, softcap=0.5)
-        plain = (
-            (0.5 * torch.tanh(head(hidden[:, :-1]) / 0.5)).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        )
-        torch.testing.assert_close(found, plain)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("softcap", [None, 0.5])
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    @pytest.mark.parametrize("chunk", [7, 7 * 3, 2**20])
+    def test_all_gradients_are_those_of_autograd(
+        self, chunk: int, temperature: float, softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Of log-probs and entropies, with respect to hidden states, weight and bias."""
+        monkeypatch.setattr("lit_grpo.logprobs.CHUNK_LOGITS", chunk)
+        head, mask = torch.nn.Linear(4, 7, bias=bias).double(), torch.tensor([[True, False, True, True], [True] * 4])
+        hidden, tokens = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True), torch.randint(7, (2, 5))
+        leaves = [hidden, *head.parameters()]
+        factors = torch.randn(2, 2, 4, dtype=torch.float64)
+        found = torch.stack(completion_logps(hidden, tokens, mask, head, temperature, softcap, entropy=True))
+        logits = head(hidden[:, :-1])
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        dense = (logits / temperature).log_softmax(-1)
+        plain = torch.stack([dense.gather(-1, tokens[:, 1:, None]).squeeze(-1), -(dense.exp() * dense).sum(-1)]) * mask
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+        for x, y in ((found, plain), (completion_logps(hidden, tokens, mask, head, temperature, softcap)[0], plain[0])):
+            ours, theirs = (
+                torch.autograd.grad((z * factors[-len(z) :]).sum(), leaves, retain_graph=True) for z in (x, y)
+            )
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+    def test_only_what_trains_gets_a_gradient(self):
+        """With adapters, the head does not."""
+        head = torch.nn.Linear(4, 7).requires_grad_(False)
+        hidden = torch.randn(1, 3, 4, requires_grad=True)
+        logps, _ = completion_logps(hidden, torch.tensor([[1, 2, 3]]), torch.ones(1, 2).bool(), head)
+        logps.sum().backward()
+        assert hidden.grad is not None
+        assert head.weight.grad is head.bias.grad is None
+
+    def test_under_autocast_the_head_computes_in_bfloat16(self):
+        head, hidden = torch.nn.Linear(8, 16, bias=False), torch.randn(1, 9, 8, requires_grad=True)
+        tokens, mask = torch.randint(16, (1, 9)), torch.ones(1, 8).bool()
+        gradients = []
+        for mixed in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                logps, _ = completion_logps(hidden, tokens, mask, head)
+            assert logps.dtype == torch.float32
+            logits = F.linear(hidden[0, :-1].to(torch.bfloat16), head.weight.to(torch.bfloat16)).float()
+            plain = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+            assert torch.allclose(logps[0], plain, rtol=0, atol=1e-6) == mixed
+            gradients.append(torch.autograd.grad(logps.sum(), [hidden, head.weight]))
+        for exact, rounded in zip(*gradients, strict=True):
+            assert rounded.dtype == torch.float32
+            assert 0 < (exact - rounded).abs().max() < 0.03
 
     def test_no_completion_token_at_all(self, model: str):
         tokens, _ = batch()
