@@ -1,6 +1,7 @@
 # make quickstart    train a small policy with 2-GRPO, from nothing, in a few minutes
 # make test          all tests
 # make test-long     those that take minutes each
+# make bench         the benchmarks that compare with TRL, an hour or so
 # make lint          ruff and mypy
 # Each creates .venv when it is missing and installs what it needs. PYTHON=python3.12 make ... chooses the interpreter.
 
@@ -20,7 +21,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
 
-.PHONY: quickstart test test-long lint format clean
+.PHONY: quickstart test test-long bench lint format clean
 
 quickstart: $(if $(filter VLLMRollout,$(ROLLOUT)),$(VENV)/.dev,$(VENV)/.core)
 	$(BIN)/python -m lit_grpo.quickstart --seed $(SEED) --rollout $(ROLLOUT)
@@ -30,6 +31,10 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(BIN)/pytest -m long
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/vs_trl.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ class Ledger(L.Callback):
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
+        self.validated = 0.0
+        """Seconds of validation since the phase began."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.phase_began, self.validated = time.perf_counter(), 0.0
