@@ -31,6 +31,8 @@ class Checkpoints(L.Callback):
     A checkpoint is of the moment before a phase, where nothing but the number of the phase tells what comes: prompts,
     samples and random numbers are functions of it and the run's seed. Each is there whole or not at all.
 
+    A copy of all callbacks' states, as they were when the phase began, is held in memory.
+
     Args:
         every_n_phases: how often.
         keep: how many of the latest stay.
@@ -68,7 +70,7 @@ class Checkpoints(L.Callback):
             remove(half)
         for path in checkpoints_in(self.folder):
             if number(path) > phase:
-                remove(aside := path.with_suffix(".aside"))
+                remove(aside := path.with_stem(f"{path.stem}-aside"))
                 path.rename(aside)
                 rank_zero_warn(f"Training begins at phase {phase}, before {str(path)!r}, which is now {aside.name!r}.")
 
@@ -125,31 +127,31 @@ class Checkpoints(L.Callback):
             return
         path = self.folder / f"phase-{trainer.current_epoch:05d}.ckpt"
         unfinished = path.with_suffix(".unfinished")
-        try:
-            trainer.save_checkpoint(unfinished, weights_only=False)
-            sums: dict[str, int] = {}
-            for part in all_objects(checksums(unfinished, trainer.global_rank), trainer.world_size):
-                if isinstance(part, OSError):
-                    raise part
-                sums |= part
-            if trainer.is_global_zero and unfinished.is_dir():
-                (unfinished / CHECKSUMS).write_text(json.dumps(sums))
-        except (OSError, RuntimeError, CheckpointException) as error:
+        parts = all_objects(write(trainer, unfinished), trainer.world_size)
+        reason = next((part for part in parts if isinstance(part, str)), None)
+        if trainer.is_global_zero and reason is None:
+            reason = self.finish(unfinished, path, parts)
+        if reason := trainer.strategy.broadcast(reason):  # what one process cannot do, ends all
             remove(unfinished)
-            if (reason := reason_of(error)) is None:
-                raise
             earlier = checkpoints_in(self.folder)
             raise UserError(
                 f"checkpoint: cannot write {str(path)!r}: {reason}. Make room, or set"
                 " --checkpoint.keep 1 or another --run_dir."
                 + (f" {str(earlier[0])!r} holds: go on with --ckpt_path last." if earlier else "")
-            ) from error
-        if trainer.is_global_zero:
-            unfinished.rename(path)
-            for old in checkpoints_in(self.folder)[self.keep :]:
-                remove(old)
-        trainer.strategy.barrier()  # a process that ended now would take the first one with it
+            )
         self.saved = trainer.current_epoch
+
+    def finish(self, unfinished: Path, path: Path, sums: list[dict[str, int]]) -> str | None:
+        """Move a checkpoint that is whole to its place, and remove what need not be kept; or say why not."""
+        try:
+            if unfinished.is_dir():
+                (unfinished / CHECKSUMS).write_text(json.dumps({key: x for part in sums for key, x in part.items()}))
+            unfinished.rename(path)
+        except OSError as error:
+            return reason_of(error)
+        for old in checkpoints_in(self.folder)[self.keep :]:
+            remove(old)
+        return None
 
 
 class PlainCheckpointIO(TorchCheckpointIO):
@@ -168,6 +170,21 @@ class PlainCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *arguments, **options)
 
 
+def write(trainer: L.Trainer, path: Path) -> dict[str, int] | str:
+    """Write this process's part of a checkpoint: the checksums of its files, which are on the disk then, or why not."""
+    try:  # as Trainer.save_checkpoint, after which a process that failed alone would leave the others waiting
+        trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
+        rank = trainer.global_rank
+        mine = [path] if path.is_file() and rank == 0 else list(path.glob(f"__{rank}_*"))
+        if path.is_dir() and rank == 0:
+            mine += [path / ".metadata", path / "meta.pt"]
+        return {file.name: checksum(file, sync=True) for file in mine}
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if (reason := reason_of(error)) is None:
+            raise
+        return reason
+
+
 def reason_of(error: BaseException | None) -> str | None:
     """What the file system said, if it was that; torch wraps it, or complains of a file that is too short."""
     if isinstance(error, CheckpointException):
@@ -182,7 +199,7 @@ def reason_of(error: BaseException | None) -> str | None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, the latest first."""
-    return sorted(folder.glob("phase-*.ckpt"), key=number, reverse=True)
+    return sorted((path for path in folder.glob("phase-*.ckpt") if path.stem[6:].isdecimal()), key=number, reverse=True)
 
 
 def number(path: Path) -> int:
@@ -198,17 +215,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def checksums(path: Path, rank: int) -> dict[str, int] | OSError:
-    """Of the files that a process wrote, which are on the disk when this returns; or why they are not."""
-    mine = [path] if path.is_file() and rank == 0 else list(path.glob(f"__{rank}_*"))
-    if path.is_dir() and rank == 0:
-        mine += [path / ".metadata", path / "meta.pt"]
-    try:
-        return {file.name: checksum(file, sync=True) for file in mine}
-    except OSError as error:  # which the other processes must know of
-        return error
-
-
 def checksum(path: Path, sync: bool = False) -> int:
     """CRC-32 of a file; with ``sync``, once it is on the disk."""
     value = 0
@@ -220,8 +226,12 @@ def checksum(path: Path, sync: bool = False) -> int:
     return value
 
 
-def latest_whole(folder: Path) -> Path | None:
+def latest_whole(folder: Path, key: str = "ckpt_path") -> Path | None:
     """The latest checkpoint of a run that can be read, if it has any; a warning names those that cannot.
+
+    Args:
+        folder: of the checkpoints.
+        key: under which the user gave the run.
 
     Raises:
         UserError: if none of them can.
@@ -229,9 +239,11 @@ def latest_whole(folder: Path) -> Path | None:
     for path in (found := checkpoints_in(folder)):
         if (reason := damage(path)) is None:
             return path
-        rank_zero_warn(f"ckpt_path: {str(path)!r} is damaged ({reason}); the one before it is looked at.")
+        rank_zero_warn(f"{key}: {str(path)!r} is damaged ({reason}); the one before it is looked at.")
     if found:
-        raise UserError(f"ckpt_path: no checkpoint in {str(folder)!r} can be read. Begin a run in another --run_dir.")
+        raise UserError(
+            f"{key}: no checkpoint in {str(folder)!r} can be read. Take, or begin, a run in another folder."
+        )
     return None
 
 

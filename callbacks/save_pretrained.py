@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from safetensors import SafetensorError
 
+from callbacks.checkpoints import Checkpoints
 from callbacks.stop_on_signal import StopOnSignal
 from lit_grpo.errors import UserError
 from lit_grpo.export import save_pretrained
@@ -31,15 +32,18 @@ class SavePretrained(L.Callback):
         stopping = any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks)
         if stopping and trainer.current_epoch != trainer.max_epochs:
             return  # there is only time for a checkpoint
-        folder = Path(trainer.default_root_dir) / "pretrained"
+        folder, first = Path(trainer.default_root_dir) / "pretrained", trainer.is_global_zero
+        shutil.rmtree(unfinished := folder.with_suffix(".unfinished"), ignore_errors=True)
         try:
-            save_pretrained(pl_module.policy, pl_module.tokenizer, folder, merge=False, write=trainer.is_global_zero)
+            save_pretrained(pl_module.policy, pl_module.tokenizer, unfinished, merge=False, write=first)
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.failed = UserError(
-                f"pretrained: cannot write {str(folder)!r}: {error}. Make room; `lit-grpo export"
-                f" {trainer.default_root_dir} OUT` writes it from the last checkpoint."
-            )
+            shutil.rmtree(unfinished, ignore_errors=True)
+            saves = any(isinstance(callback, Checkpoints) for callback in trainer.callbacks)
+            later = f" `lit-grpo export {trainer.default_root_dir} OUT` writes it from the last checkpoint."
+            self.failed = UserError(f"pretrained: cannot write {str(folder)!r}: {error}. Make room.{later * saves}")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.failed is not None:

@@ -177,14 +177,28 @@ class CLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]
         if config["max_time"] is not None:  # Lightning's own timer would stop inside a phase
-            callbacks.append(Timer(config["max_time"], interval=Interval.epoch))
+            callbacks.append(TimeLimit(config["max_time"], interval=Interval.epoch))
             config["max_time"] = None
         given = config["callbacks"] or []
-        config["callbacks"] = [*first, *(given if isinstance(given, list) else [given])]
+        config["callbacks"] = [OneRunDir(), *first, *(given if isinstance(given, list) else [given])]
         try:
             return super()._instantiate_trainer(config, [Ledger(), Whereabouts(), *callbacks])
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
+
+
+class OneRunDir(L.Callback):
+    """Gives all processes the run folder of the first: where it is named by the time, theirs may be a second later."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)
+
+
+class TimeLimit(Timer):
+    """Counts from each start, as a job that is queued again has its time anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -218,7 +232,7 @@ def checkpoint_at(path: Path, key: str) -> Path:
         UserError: if there is none, or it is damaged.
     """
     for folder in (path / "checkpoints", path):
-        if latest := latest_whole(folder):
+        if latest := latest_whole(folder, key):
             return latest
     if not path.exists() or (path.is_dir() and path.suffix != ".ckpt"):
         raise UserError(
@@ -290,8 +304,9 @@ def run_export(args: list[str]) -> None:
     parser.add_argument("--model", help="the model that the run began with, if it is no longer where it was")
     given = parser.parse_args(args)
     keep_quiet()
+    checkpoint = checkpoint_at(given.CKPT, "CKPT")
     new_folder(given.OUT)
-    export(checkpoint_at(given.CKPT, "CKPT"), given.OUT, given.merge, given.model)
+    export(checkpoint, given.OUT, given.merge, given.model)
     print(f"Wrote {given.OUT}")
 
 

@@ -89,7 +89,7 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
         sizes = {key: x.shape for key, x in held["state_dict"].items()}
     for key in sorted(sizes.keys() | trained.keys()):
         if (there := sizes.get(key)) != (here := trained[key].shape if key in trained else None):
-            shapes = [list(size) if size else "missing" for size in (there, here)]
+            shapes = ["missing" if size is None else list(size) for size in (there, here)]
             raise UserError(
                 f"--model: {name!r} is not the model of {str(checkpoint)!r}, in which {key} is {shapes[0]}; here it is"
                 f" {shapes[1]}."

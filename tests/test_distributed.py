@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from conftest import ENVIRONMENT, quiet_trainer
@@ -113,6 +115,32 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(processes: int, command:
         r"phase-00001.ckpt': (File too large|the file could not be written whole)\. Make room", ended.stderr
     )
     assert "Traceback" not in ended.stderr
+    assert checkpoints(tmp_path) == []
+
+
+class DiskOfTheFirstIsFull(L.Callback):
+    """For single files, which the first process alone writes; shares have room."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        save = torch.save
+
+        def full(held: Any, path: Any, *arguments: Any, **options: Any) -> None:
+            if trainer.is_global_zero and isinstance(path, str | Path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            save(held, path, *arguments, **options)
+
+        torch.save = full
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_full_disk_of_the_first_process_ends_others_which_do_not_wait_for_it(
+    strategy: str, command: list[str], tmp_path: Path
+):
+    full = "--trainer.callbacks+=test_distributed.DiskOfTheFirstIsFull"
+    code, said = run([*command, full, f"--trainer.strategy={strategy}"])
+    assert code == 2
+    assert said.count("phase-00001.ckpt': No space left on device. Make room") == 2  # of either process
+    assert "Traceback" not in said
     assert checkpoints(tmp_path) == []
 
 

@@ -178,6 +178,7 @@ def test_a_run_with_adapters_is_saved_exported_and_evaluated(
             main(wrong)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "y2").exists()  # the checkpoint is looked at first
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import lit_grpo.module
-from callbacks.checkpoints import Checkpoints, checkpoints_in, damage, latest_whole, number, remove
+from callbacks.checkpoints import Checkpoints, PlainCheckpointIO, checkpoints_in, damage, latest_whole, number, remove
 from lit_grpo.__main__ import main
 from lit_grpo.engines import HFEngine
 from lit_grpo.module import PolicyModule
@@ -195,11 +195,11 @@ class TestCheckpoints:
     def test_a_full_disk_is_named_and_leaves_nothing_half_written(
         self, run: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ):
-        def full(trainer: L.Trainer, path: Path, **_: Any) -> None:
+        def full(io: PlainCheckpointIO, checkpoint: Any, path: Path, **_: Any) -> None:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+        monkeypatch.setattr(PlainCheckpointIO, "save_checkpoint", full)
         with pytest.raises(SystemExit) as stop:
             main([*command, f"--run_dir={run}", "--data.val=null", "--ckpt_path=last"])
         assert stop.value.code == 2
@@ -235,7 +235,7 @@ class TestCheckpoints:
             main([*command, earlier, f"--run_dir={run}", "--data.val=null", f"--trainer.callbacks+={stop}"])
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
             "phase-00002.ckpt",
-            "phase-00003.aside",
+            "phase-00003-aside.ckpt",
         ]
         assert any("phase-00002.ckpt is kept" in record.getMessage() for record in caplog.records)
 
@@ -247,12 +247,14 @@ class TestCheckpoints:
             path.write_bytes(content)
         with pytest.raises(SystemExit):
             main([*command, f"--run_dir={run}", "--ckpt_path=last"])
-        assert re.search(r"no checkpoint in '.*' can be read. Begin a run in another", capsys.readouterr().err)
+        assert re.search(
+            r"no checkpoint in '.*' can be read. Take, or begin, a run in another", capsys.readouterr().err
+        )
         assert {path: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
 
     def test_the_latest_is_that_of_most_phases(self, tmp_path: Path):
-        for phases in (99999, 100000, 2):
-            (tmp_path / f"phase-{phases:05d}.ckpt").touch()
+        for name in ("99999", "100000", "00002", "best", "00003-good"):  # the last two are somebody's own
+            (tmp_path / f"phase-{name}.ckpt").touch()
         assert [number(path) for path in checkpoints_in(tmp_path)] == [100000, 99999, 2]
 
     @pytest.mark.parametrize("limit", ["max_steps=3", "max_time={seconds: 1}"])
@@ -263,6 +265,16 @@ class TestCheckpoints:
         found = checkpoints_in(run / "checkpoints")
         assert all(torch.load(path, weights_only=True)["global_step"] == 2 * number(path) for path in found)
         assert (number(found[0]) == 1) == ("steps" in limit)
+
+    def test_time_counts_from_each_start(self, command: list[str], tmp_path: Path):
+        """A job that is queued again would else end at once."""
+        command = [*command, "--data.val=null", f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"]
+        command += ["--trainer.max_epochs=500", "--trainer.max_time={seconds: 1}", "--checkpoint.every_n_phases=500"]
+        reached = []
+        for _ in range(2):
+            main(command)
+            reached.append(number(checkpoints_in(tmp_path / "run" / "checkpoints")[0]))
+        assert 0 < reached[0] < reached[1] < 500
 
     def test_it_is_written_where_the_model_cannot_be(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -277,7 +289,21 @@ class TestCheckpoints:
         assert stop.value.code == 2
         assert re.search(r"cannot write '.*pretrained': .*No space left.*lit-grpo export", capsys.readouterr().err)
         assert (tmp_path / "run" / "checkpoints" / "phase-00002.ckpt").exists()
-        assert not (tmp_path / "run" / "pretrained").exists()
+        assert {path.name for path in (tmp_path / "run").glob("pretrained*")} == set()
+
+    def test_a_model_written_before_stays_where_another_cannot_be(
+        self, run: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        before = (run / "pretrained" / "model.safetensors").read_bytes()
+        monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+        command = [*command, f"--run_dir={run}", "--ckpt_path=last", "--data.val=null"]
+        with pytest.raises(SystemExit):
+            main([*command, "--trainer.max_epochs=4", "--trainer.enable_checkpointing=false"])
+        assert capsys.readouterr().err.endswith("No space left on device. Make room.\n")
+        assert (run / "pretrained" / "model.safetensors").read_bytes() == before
 
     def test_nothing_goes_through_the_folder_of_temporary_files(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -428,6 +454,22 @@ def test_two_processes_go_on_as_if_not_stopped(
             assert damage(checkpoint) == f"the checksum of {share.name} is another"
         share.unlink()
         assert "No such file" in str(damage(checkpoint))
+
+
+def test_two_processes_share_what_one_had_whole_in_a_folder_named_by_the_time(command: list[str], tmp_path: Path):
+    """A rate of 0 leaves weights as they are, so that what was read can be compared with the file."""
+    main([*command, "--trainer.max_epochs=1", f"--run_dir={tmp_path / 'one'}", "--data.val=null"])
+    held = torch.load(tmp_path / "one" / "checkpoints" / "phase-00001.ckpt", weights_only=True)["state_dict"]
+    command = [sys.executable, "-m", "lit_grpo", *command, f"--ckpt_path={tmp_path / 'one'}", "--data.val=null"]
+    command += ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--trainer.max_epochs=2", "--model.optimizer.lr=0"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=ENVIRONMENT, timeout=200)
+    (run,) = (tmp_path / "runs").iterdir()
+    saved = load_file(run / "pretrained" / "model.safetensors")
+    assert all(torch.equal(tensor, held[f"policy.lm.{name}"]) for name, tensor in saved.items())
+    checkpoint = run / "checkpoints" / "phase-00002.ckpt"
+    assert damage(checkpoint) is None
+    summed = json.loads((checkpoint / "checksums.json").read_text())
+    assert summed.keys() == {path.name for path in checkpoint.iterdir()} - {"checksums.json"}
 
 
 @pytest.mark.parametrize("moment", ["loading", "validating"])
