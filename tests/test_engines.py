@@ -53,12 +53,10 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> list[list[Completion]]:
-        firsts = {tuple(prompt): self.lm(torch.tensor([prompt])).logits[0, -1] for prompt in prompts}
-        return [
-            [self.write(prompt, sampling, seed + j, firsts[tuple(prompt)]) for j in range(n)]
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            first = self.lm(torch.tensor([prompt])).logits[0, -1]
+            yield i, [self.write(prompt, sampling, seed + j, first) for j in range(n)]
 
     def write(self, prompt: list[int], sampling: Sampling, seed: int, logits: Tensor) -> Completion:
         g, ids, logps = torch.Generator().manual_seed(seed), [], []

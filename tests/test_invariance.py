@@ -63,8 +63,9 @@ class ScriptedEngine(Engine):
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> list[list[Completion]]:
-        return [[self.complete(seed + j) for j in range(n)] for seed in seeds]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        for i, seed in enumerate(seeds):
+            yield i, [self.complete(seed + j) for j in range(n)]
 
     def complete(self, seed: int) -> Completion:
         g = torch.Generator().manual_seed(seed)

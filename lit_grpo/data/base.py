@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lit_grpo.data.loader import LazyLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
+from lit_grpo.data.scoring import Scoring
 from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.data.types import Answers, Batch, Group, Sample
 from lit_grpo.distributed import data_rank, gather_objects, gather_partners, partners
 from lit_grpo.engines.base import Engine, Sampling, Stopped
 from lit_grpo.errors import UserError
-from lit_grpo.rewards import math_reward, resolved
+from lit_grpo.rewards import math_reward, overlaps, resolved
 
 RewardFn = Callable[[list[Sample]], Any]
 """Scores samples: a list of one float each, or a coroutine that returns it. Any importable function, or object with
@@ -253,27 +254,12 @@ class PromptData(L.LightningDataModule):
         self, engine: Engine, sampling: Sampling, prompts: list[Prompt], seeds: list[int], n: int, score: bool
     ) -> tuple[list[Group], list[Sample], dict[str, float]]:
         """As ``sample``, this process's share of it."""
-        tokenizer = self.trainer.lightning_module.tokenizer
+        decode = functools.partial(self.trainer.lightning_module.tokenizer.batch_decode, skip_special_tokens=True)
+        scoring = Scoring(prompts, n, decode, self.score_samples if score else None, beside=overlaps(self.reward))
         start = time.perf_counter()
-        answers = engine.generate([prompt.token_ids for prompt in prompts], n, sampling, seeds)
+        answers = engine.generate([prompt.token_ids for prompt in prompts], n, sampling, seeds, scoring.finished)
         generated = time.perf_counter()
-
-        texts = iter(tokenizer.batch_decode([c.token_ids for cs in answers for c in cs], skip_special_tokens=True))
-        samples = [
-            Sample(
-                prompt.text,
-                next(texts),
-                prompt.answer,
-                len(c.token_ids),
-                c.truncated,
-                prompt.tolerance,
-                prompt.messages,
-            )
-            for prompt, completions in zip(prompts, answers, strict=True)
-            for c in completions
-        ]
-        if score:
-            self.score_samples(samples)
+        samples = scoring.samples()
         rewards = [0.0 if s.reward is None else s.reward for s in samples]
         groups = [
             Group(prompt.token_ids, completions, rewards[i * n : (i + 1) * n])

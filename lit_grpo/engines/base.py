@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -59,6 +59,10 @@ class Stopped(Exception):
 
 def never() -> bool:
     return False
+
+
+def ignore(prompt: int, completions: list[Completion]) -> None:
+    """Do nothing with the completions of a prompt."""
 
 
 class Deadline:
@@ -135,7 +139,12 @@ class Engine(ABC):
         """Asked at every step of a generation whether to give it up."""
 
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[int],
+        finished: Callable[[int, list[Completion]], None] = ignore,
     ) -> list[list[Completion]]:
         """Draw n completions for each prompt.
 
@@ -146,6 +155,7 @@ class Engine(ABC):
             seeds: one per prompt; sample j of prompt i is drawn with seed ``seeds[i] + j``, so that what is drawn does
                 not depend on which other prompts share the call. At temperature 0 all samples of a prompt are the
                 same one.
+            finished: is told the number of each prompt, and its completions, as soon as they are all there.
 
         Returns:
             For each prompt, in order, n completions with the log-probs of their tokens *after* temperature and
@@ -169,17 +179,20 @@ class Engine(ABC):
                 )
         if not prompts:
             return []
+        answers: dict[int, list[Completion]] = {}
         with Deadline(self.timeout, self.stop) as deadline:
             deadline.what = lambda: f"reading prompts, the first {prompts[0]}"
-            if sampling.temperature > 0:
-                return self._generate(prompts, n, sampling, seeds, deadline)
-            return [group * n for group in self._generate(prompts, 1, sampling, seeds, deadline)]
+            drawn, copies = (n, 1) if sampling.temperature > 0 else (1, n)
+            for i, completions in self._generate(prompts, drawn, sampling, seeds, deadline):
+                answers[i] = completions * copies
+                finished(i, answers[i])
+        return [answers[i] for i in range(len(prompts))]
 
     @abstractmethod
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> list[list[Completion]]:
-        """As ``generate``, for prompts that were checked."""
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As ``generate``, for prompts that were checked: the number and the completions of each, once it is done."""
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

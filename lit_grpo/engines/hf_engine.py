@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,24 +51,25 @@ class HFEngine(Engine):
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> list[list[Completion]]:
+    ) -> Iterator[tuple[int, list[Completion]]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         rows = [(i, j) for i in order for j in range(n)]
-        completions: list[list[Completion]] = [[] for _ in prompts]
+        written: list[dict[int, Completion]] = [{} for _ in prompts]
         for start in range(0, len(rows), self.max_batch_size):
             part = rows[start : start + self.max_batch_size]
             place = {i: k for k, i in enumerate(dict.fromkeys(i for i, _ in part))}
             of_prompt, of_seed = [place[i] for i, _ in part], [seeds[i] + j for i, j in part]
-            written = self._write([prompts[i] for i in place], of_prompt, of_seed, sampling, deadline)
-            for (i, _), completion in zip(part, written, strict=True):
-                completions[i].append(completion)
-        return completions
+            for k, completion in self._write([prompts[i] for i in place], of_prompt, of_seed, sampling, deadline):
+                i, j = part[k]
+                written[i][j] = completion
+                if len(written[i]) == n:
+                    yield i, [written[i][j] for j in range(n)]
 
     @torch.no_grad()
     def _write(
         self, prompts: list[list[int]], of_prompt: list[int], seeds: list[int], sampling: Sampling, deadline: Deadline
-    ) -> list[Completion]:
-        """One completion for each seed, of the prompt with the number in ``of_prompt``."""
+    ) -> Iterator[tuple[int, Completion]]:
+        """One completion for each seed, of the prompt with the number in ``of_prompt``; those that end first first."""
         device, width, count, most = self.model.device, max(map(len, prompts)), len(seeds), sampling.max_tokens
         tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -79,8 +80,10 @@ class HFEngine(Engine):
         draw, stops = _Draw(sampling, seeds, device), torch.tensor(self.stop_token_ids, device=device)
         written = torch.zeros(count, most, dtype=torch.int64, device=device)
         logps = torch.zeros(count, most, device=device)
-        lengths = torch.full((count,), most, device=device)
-        complete = torch.zeros(count, dtype=torch.bool, device=device)
+
+        def completions(over: Tensor, length: int, truncated: bool) -> Iterator[tuple[int, Completion]]:
+            parts = (over.tolist(), written[over, :length].tolist(), logps[over, :length].tolist())
+            return ((row, Completion(ids, of_ids, truncated)) for row, ids, of_ids in zip(*parts, strict=True))
 
         def where() -> str:
             return f"token {t} of prompt {prompts[of_prompt[rows[0]]]}"
@@ -97,20 +100,15 @@ class HFEngine(Engine):
             written[rows, t], logps[rows, t] = token, logp
             ended = torch.isin(token, stops)
             if ended.any():
-                lengths[rows[ended]], complete[rows[ended]] = t + 1, True
+                yield from completions(rows[ended], t + 1, truncated=False)
                 stay = ended.logical_not().nonzero().flatten()
                 if not len(stay):
-                    break
+                    return
                 cache.reorder_cache(stay)
                 rows, token, attention, positions = rows[stay], token[stay], attention[stay], positions[stay]
             tokens, positions = token[:, None], positions + 1
             attention = torch.cat([attention, torch.ones_like(tokens)], dim=-1)
-        return [
-            Completion(ids[:length], token_logps[:length], truncated=not whole)
-            for ids, token_logps, length, whole in zip(
-                written.tolist(), logps.tolist(), lengths.tolist(), complete.tolist(), strict=True
-            )
-        ]
+        yield from completions(rows, most, truncated=True)
 
 
 class _Draw:

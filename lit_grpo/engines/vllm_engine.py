@@ -125,9 +125,8 @@ class VLLMEngine(Engine):
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> list[list[Completion]]:
-        engine = self.llm.llm_engine
-        finished: dict[int, list[Completion]] = {}
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        engine, finished = self.llm.llm_engine, set()
         try:
             with isolate_rng():  # vLLM draws from the process's generators now and then
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -138,7 +137,8 @@ class VLLMEngine(Engine):
                     )
                     for output in engine.step():
                         if output.finished:
-                            finished[int(output.request_id)] = [_completion(sample) for sample in output.outputs]
+                            finished.add(int(output.request_id))
+                            yield int(output.request_id), [_completion(sample) for sample in output.outputs]
         except (UserError, Stopped):
             engine.abort_request([str(i) for i in range(len(prompts)) if i not in finished])
             raise
@@ -147,7 +147,6 @@ class VLLMEngine(Engine):
                 f"rollout: vLLM failed while generating: {type(error).__name__}: {error}. Checkpoints of earlier phases"
                 " hold: resume with --ckpt_path last, or go on with --rollout HFRollout."
             ) from error
-        return [finished[i] for i in range(len(prompts))]
 
     def params(self, n: int, sampling: Sampling, seed: int) -> Any:
         """One prompt's sampling as vLLM has it."""

@@ -3,7 +3,7 @@
 from lit_grpo.rewards.accuracy import MathReward, math_reward
 from lit_grpo.rewards.exact import exact_match
 from lit_grpo.rewards.reward_model import RewardModel
-from lit_grpo.rewards.reward_sum import RewardSum, resolved
+from lit_grpo.rewards.reward_sum import RewardSum, overlaps, resolved
 from lit_grpo.rewards.shape import FormatReward, LengthPenalty, RepetitionPenalty
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "RewardSum",
     "exact_match",
     "math_reward",
+    "overlaps",
     "resolved",
 ]

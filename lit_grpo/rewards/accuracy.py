@@ -40,6 +40,9 @@ class MathReward:
         UserError: if an argument is not above 0.
     """
 
+    overlaps = True
+    """It may be called while other completions are being written."""
+
     def __init__(self, timeout: float = 5.0, workers: int = 2) -> None:
         for key, value in (("timeout", timeout), ("workers", workers)):
             if value <= 0:

@@ -42,6 +42,11 @@ class RewardSum:
             what = f"a weight for {unknown[0]!r}, which is none of them" if rewards else "none"
             raise UserError(f"data.init_args.reward.init_args: expected rewards by name, got {what}.")
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether all of them may be called while other completions are being written."""
+        return all(map(overlaps, self.rewards.values()))
+
     def __call__(self, samples: list[Sample]) -> list[float]:
         totals = [0.0] * len(samples)
         parts = resolved([reward(samples) for reward in self.rewards.values()])
@@ -55,6 +60,15 @@ class RewardSum:
         """Which gold answers one of the rewards cannot read."""
         readers = [reward.unreadable for reward in self.rewards.values() if hasattr(reward, "unreadable")]
         return sorted({i for reader in readers for i in reader(golds)})
+
+
+def overlaps(reward: Callable[..., Any]) -> bool:
+    """Whether a reward may be called in another thread, with parts of a phase, while the engine writes the rest.
+
+    Coroutines may, and what says so by a true attribute ``overlaps``. Others may need the main thread, as everything
+    with a deadline by ``signal.alarm`` does.
+    """
+    return getattr(reward, "overlaps", False) or any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
 
 
 def resolved(results: Sequence[Any]) -> list[Any]:
