@@ -95,7 +95,7 @@ def generation(folder: Path, lm: Qwen2ForCausalLM, size: str, lengths: str, repe
         return vllm_engine.llm.generate(requests, [vllm_engine.params(2, sampling, s) for s in seeds], use_tqdm=False)
 
     def ours() -> Any:
-        return data.sample(vllm_engine, sampling, "train", 0, prompts, 2)
+        return data.drawn(data.drawing(vllm_engine, sampling, "train", 0, prompts, 2), len(prompts))
 
     tokens = sum(len(sample.token_ids) for output in raw() for sample in output.outputs)
     line(f"callback / raw vLLM, {size}, {lengths}", ratios(repeats, ours, raw), tokens)

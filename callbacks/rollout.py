@@ -32,6 +32,8 @@ class Rollout(L.Callback, ABC):
         bucket_mib: most weights of a sharded policy that are gathered at once for the engine, in MiB.
         timeout: seconds after which a generation that has not come back ends the run. With several processes less than
             the strategy's own ``timeout``, half an hour by default, or others would give up waiting first.
+        one_phase_ahead: draw the rollouts of a phase while the policy trains on those of the one before, with its
+            weights from before that. The ratio to the sampler, which losses with one have anyway, corrects for it.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Rollout(L.Callback, ABC):
         evaluation: Sampling | None = None,
         bucket_mib: int = 512,
         timeout: float = 1500.0,
+        one_phase_ahead: bool = False,
     ) -> None:
         if temperature <= 0:
             raise UserError(
@@ -49,7 +52,7 @@ class Rollout(L.Callback, ABC):
         for key, value in (("bucket_mib", bucket_mib), ("timeout", timeout)):
             if not 0 < value < 1e8:
                 raise UserError(f"rollout.init_args.{key}: expected a number above 0 and below 1e8, got {value}.")
-        self.bucket_mib, self.timeout = bucket_mib, timeout
+        self.bucket_mib, self.timeout, self.one_phase_ahead = bucket_mib, timeout, one_phase_ahead
         self.sampling = Sampling(max_tokens, temperature)
         self.evaluation = evaluation or self.sampling
         self.engine: Engine | None = None
@@ -71,16 +74,26 @@ class Rollout(L.Callback, ABC):
                 f" {others.total_seconds():g} s after which processes give up waiting for each other"
                 " (trainer.strategy.init_args.timeout). Lower one or raise the other."
             )
+        if self.one_phase_ahead and pl_module.old_policy == "trainer":
+            raise UserError(
+                "rollout.init_args.one_phase_ahead: the policy has moved on when it trains, so the ratio must be to the"
+                " sampler. Leave model.old_policy as it is."
+            )
         self.context = data.check_lengths(self.sampling.max_tokens, self.evaluation.max_tokens, pl_module.context)
 
     def sync(self, trainer: L.Trainer, pl_module: Any, canary: bool) -> tuple[Engine, dict[str, float]]:
         """The engine, on the policy's current weights; with ``canary``, proven to be."""
+        if isinstance(data := trainer.datamodule, RolloutData):
+            data.wait()
         start = time.perf_counter()
         if first := self.engine is None:
             self.engine = self.make_engine(pl_module, self.context)
         assert self.engine is not None
         self.engine.wake("weights")
-        self.engine.load_weights(full_weights(pl_module.policy, self.bucket_mib))
+        weights = full_weights(pl_module.policy, self.bucket_mib)
+        if self.one_phase_ahead:  # the policy moves on while the engine draws
+            weights = ((name, weight.clone()) for name, weight in weights)
+        self.engine.load_weights(weights)
         agreeing = self.engine.agreeing(full_weights(pl_module.policy, self.bucket_mib))
         self.watched = agreeing if first else self.watched
         if stale := sorted(self.watched - agreeing):
@@ -107,7 +120,7 @@ class Rollout(L.Callback, ABC):
         sampling = Sampling(min(16, self.sampling.max_tokens, room), self.sampling.temperature)
         answers = engine.generate(prompts, 1, sampling, [CANARY_SEED + i for i in range(len(prompts))])
         rows = [Row(prompt, completion, 0.0) for prompt, (completion,) in zip(prompts, answers, strict=True)]
-        batch = collate(rows, len(rows), 1, temperature=sampling.temperature).to(pl_module.device)
+        batch = collate(rows, len(rows), 1, on_policy=True, temperature=sampling.temperature).to(pl_module.device)
         pl_module.check_mismatch(pl_module.logps_of(pl_module.policy, batch), batch)
 
     def clock(self) -> float:
@@ -122,9 +135,15 @@ class Rollout(L.Callback, ABC):
         data = trainer.datamodule
         stats: dict[str, float] = {}
         if isinstance(data, RolloutData):
-            engine, stats = self.sync(trainer, pl_module, canary=False)
-            data.collect(engine, self.sampling, trainer.current_epoch)
-            engine.sleep()
+            phase = trainer.current_epoch
+            engine, stats = self.sync(trainer, pl_module, canary=self.one_phase_ahead)
+            if self.one_phase_ahead:
+                stats["staleness"] = float(data.updates_per_phase if data.ahead else 0)
+            data.collect(engine, self.sampling, phase)
+            if not self.one_phase_ahead:
+                engine.sleep()
+            elif phase + 1 != trainer.max_epochs:
+                data.draw_ahead(engine, self.sampling, phase + 1)
             self.rollouts += data.rollouts
             stats["rollouts"] = float(self.rollouts)
         stats |= data.stats
@@ -174,6 +193,8 @@ class Rollout(L.Callback, ABC):
             logger.log_metrics(scores, step=trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(data := trainer.datamodule, RolloutData):
+            data.give_up()
         if self.engine is not None:
             self.engine.close()
             self.engine = None

@@ -278,7 +278,7 @@ class PolicyModule(L.LightningModule):
             smaller of the two probabilities; ``kl`` of sampler and policy (k3).
 
         Raises:
-            UserError: if they are further apart than ``max_mismatch``, so that the engine cannot have run this policy.
+            UserError: if they are further apart than ``max_mismatch``, though this policy is to have sampled the batch.
         """
         assert batch.sampler_logps is not None
         assert self.max_mismatch is not None
@@ -288,7 +288,7 @@ class PolicyModule(L.LightningModule):
             raise UserError(
                 "The policy's log-probs are NaN: its weights were ruined by an earlier update. Lower the learning rate."
             )
-        if mismatch > self.max_mismatch:
+        if batch.on_policy and mismatch > self.max_mismatch:
             raise UserError(
                 f"The engine does not run the current policy: the log-probs of the tokens it sampled differ from the"
                 f" trainer's by {mismatch.item():.3g} on average, more than model.max_mismatch {self.max_mismatch}. See"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,13 +13,14 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lit_grpo.data.drawing import Drawing
 from lit_grpo.data.loader import LazyLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
 from lit_grpo.data.scoring import Scoring
 from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.data.types import Answers, Batch, Group, Sample
 from lit_grpo.distributed import data_rank, gather_objects, gather_partners, partners
-from lit_grpo.engines.base import Engine, Sampling, Stopped
+from lit_grpo.engines.base import Engine, Sampling, Stopped, never
 from lit_grpo.errors import UserError
 from lit_grpo.rewards import math_reward, overlaps, resolved
 
@@ -216,7 +216,7 @@ class PromptData(L.LightningDataModule):
         entropy = [np.random.SeedSequence((self.seed, stream, phase, i)) for i in positions]
         return [int(e.generate_state(1, np.uint64)[0] >> np.uint64(2)) for e in entropy]
 
-    def sample(
+    def drawing(
         self,
         engine: Engine,
         sampling: Sampling,
@@ -225,48 +225,40 @@ class PromptData(L.LightningDataModule):
         prompts: dict[int, Prompt],
         n: int,
         score: bool = True,
-    ) -> tuple[list[Group], dict[str, float]]:
-        """Have the engine answer prompts, given by their place in the phase, and the reward score the answers.
+        stop: Callable[[], bool] = never,
+    ) -> Drawing:
+        """This process's share in answering prompts, given by their place in the phase: not yet begun.
 
         Processes that have the same data (tensor parallelism) share the work.
+        """
+        place, count = partners(self.trainer)
+        mine = dict(list(prompts.items())[place::count])
+        decode = functools.partial(self.trainer.lightning_module.tokenizer.batch_decode, skip_special_tokens=True)
+        score_samples, asked = self.score_samples if score else None, list(mine.values())
+        scoring = Scoring(asked, n, decode, score_samples, beside=overlaps(self.reward))
+        return Drawing(engine, sampling, asked, self.seeds(split, phase, list(mine)), scoring, stop)
+
+    def drawn(self, drawing: Drawing, prompts: int) -> tuple[list[Group], dict[str, float]]:
+        """The groups of so many prompts, of which a drawing is this process's share; ``samples`` has theirs.
 
         Returns:
             The groups, and ``seconds_generate``, ``seconds_reward`` and ``tokens``.
 
         Raises:
-            Stopped: if sampling is to be given up, on all processes that have these prompts.
+            Stopped: if sampling was given up, on all processes that have these prompts.
         """
         place, count = partners(self.trainer)
-        mine = dict(list(prompts.items())[place::count])
         try:
-            seeds = self.seeds(split, phase, list(mine))
-            part = self.sample_share(engine, sampling, list(mine.values()), seeds, n, score)
+            part = drawing.result()
         except Stopped:
             part = None
         parts = [part for part in gather_partners(part, self.trainer) if part is not None]
         if len(parts) < count:
             raise Stopped
-        groups = [parts[i % count][0][i // count] for i in range(len(prompts))]
-        self.samples = [s for i in range(len(prompts)) for s in parts[i % count][1][i // count * n :][:n]]
+        n = drawing.scoring.n
+        groups = [parts[i % count][0][i // count] for i in range(prompts)]
+        self.samples = [s for i in range(prompts) for s in parts[i % count][1][i // count * n :][:n]]
         return groups, parts[place][2] | {"tokens": float(sum(s.num_tokens for s in self.samples))}
-
-    def sample_share(
-        self, engine: Engine, sampling: Sampling, prompts: list[Prompt], seeds: list[int], n: int, score: bool
-    ) -> tuple[list[Group], list[Sample], dict[str, float]]:
-        """As ``sample``, this process's share of it."""
-        decode = functools.partial(self.trainer.lightning_module.tokenizer.batch_decode, skip_special_tokens=True)
-        scoring = Scoring(prompts, n, decode, self.score_samples if score else None, beside=overlaps(self.reward))
-        start = time.perf_counter()
-        answers = engine.generate([prompt.token_ids for prompt in prompts], n, sampling, seeds, scoring.finished)
-        generated = time.perf_counter()
-        samples = scoring.samples()
-        rewards = [0.0 if s.reward is None else s.reward for s in samples]
-        groups = [
-            Group(prompt.token_ids, completions, rewards[i * n : (i + 1) * n])
-            for i, (prompt, completions) in enumerate(zip(prompts, answers, strict=True))
-        ]
-        seconds = {"seconds_generate": generated - start, "seconds_reward": time.perf_counter() - generated}
-        return groups, samples, seconds
 
     @property
     def reward_name(self) -> str:
@@ -356,7 +348,7 @@ class PromptData(L.LightningDataModule):
         split, n, before = key.split("/")[0], self.samples_per_prompt, self.samples
         answers = {place: self.answered[key][place] for place in prompts if place in self.answered.get(key, {})}
         missing = {place: prompt for place, prompt in prompts.items() if place not in answers}
-        self.sample(*self.engine, split, 0, missing, n, score=split != "predict")
+        self.drawn(self.drawing(*self.engine, split, 0, missing, n, score=split != "predict"), len(missing))
         answers |= {place: self.samples[i * n : (i + 1) * n] for i, place in enumerate(missing)}
         groups = [answers[place] for place in prompts]
         if split == "val":  # of other splits there may be more than memory holds

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
 from lit_grpo.data.collate import Row, checked_select, make_rows, mismatched_rows, selection_stats, step_batches
+from lit_grpo.data.drawing import Drawing
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
 from lit_grpo.data.types import Batch, Group
@@ -72,6 +73,8 @@ class RolloutData(PromptData):
         """Asked while a phase is sampled whether to give it up."""
         self.rollouts = 0
         """Completions sampled in the latest phase by all processes."""
+        self.ahead: tuple[int, Drawing] | None = None
+        """A later phase, and its rollouts as they are being drawn."""
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -163,7 +166,7 @@ class RolloutData(PromptData):
             if not places:
                 break
             share = {drawn + i: prompt for i, (_, prompt) in enumerate(places) if i % world == rank}
-            replacements, more = self.sample_phase(engine, sampling, phase, share)
+            replacements, more = self.drawn_by_all(self.train_drawing(engine, sampling, phase, share), len(share))
             samples, stats = samples + self.samples, {name: stats[name] + more[name] for name in stats}
             for part in gather_objects(dict(zip(share, replacements, strict=True)), self.trainer):
                 for position, group in part.items():
@@ -178,32 +181,61 @@ class RolloutData(PromptData):
             "rollouts_per_group": drawn / self.prompts_per_phase,
         }
 
-    def sample_phase(
-        self, engine: Engine, sampling: Sampling, phase: int, prompts: dict[int, Prompt]
-    ) -> tuple[list[Group], dict[str, float]]:
-        """As ``sample``, for prompts to train on.
+    def train_drawing(self, engine: Engine, sampling: Sampling, phase: int, prompts: dict[int, Prompt]) -> Drawing:
+        """As ``drawing``, of prompts to train on, which is given up where the run is to end."""
+        return self.drawing(engine, sampling, "train", phase, prompts, self.group_size, stop=lambda: self.stop_wanted())
+
+    def drawn_by_all(self, drawing: Drawing, prompts: int) -> tuple[list[Group], dict[str, float]]:
+        """As ``drawn``.
 
         Raises:
-            Stopped: on all processes, if one of them is to stop.
+            Stopped: on all processes, if one of them gave up.
         """
-        engine.stop = self.stop_wanted
         try:
-            sampled = self.sample(engine, sampling, "train", phase, prompts, self.group_size)
+            drawn = self.drawn(drawing, prompts)
         except Stopped:
-            sampled = None
-        finally:
-            engine.stop = never
-        if self.trainer.strategy.reduce_boolean_decision(sampled is None, all=False) or sampled is None:
+            drawn = None
+        if self.trainer.strategy.reduce_boolean_decision(drawn is None, all=False) or drawn is None:
             raise Stopped
-        return sampled
+        return drawn
+
+    def share_of(self, phase: int) -> dict[int, Prompt]:
+        """This process's prompts of a phase, by their place among all."""
+        rank, world = data_rank(self.trainer)
+        return dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
+
+    def draw_ahead(self, engine: Engine, sampling: Sampling, phase: int) -> None:
+        """Begin to draw the rollouts of a phase that comes later; until they are drawn, the engine is busy."""
+        drawing = self.train_drawing(engine, sampling, phase, self.share_of(phase))
+        device = self.trainer.strategy.root_device
+
+        def prepare() -> None:  # what each thread has of its own
+            torch.get_num_threads()  # and so has OpenMP keep to it, before vLLM asks OpenMP
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+
+        drawing.begin(prepare)
+        self.ahead = phase, drawing
+
+    def wait(self) -> None:
+        """Return when the engine has nothing left to do."""
+        if self.ahead is not None:
+            self.ahead[1].wait()
+
+    def give_up(self) -> None:
+        """Let rollouts be that were being drawn ahead."""
+        if self.ahead is not None:
+            self.ahead[1].give_up()
+            self.ahead = None
 
     def collect(self, engine: Engine, sampling: Sampling, phase: int) -> None:
         """Sample and score a phase's rollouts, this rank's share, and fill the train loader and ``stats``."""
-        rank, world = data_rank(self.trainer)
+        world, prompts = data_rank(self.trainer)[1], self.share_of(phase)
         loss, accumulate = self.trainer.lightning_module.loss, self.trainer.accumulate_grad_batches
-        prompts = dict(list(enumerate(self.phase_prompts(phase)))[rank::world])
-        groups, stats = self.sample_phase(engine, sampling, phase, prompts)
-        self.rollouts = self.prompts_per_phase * self.group_size
+        stale = self.ahead is not None and self.ahead[0] == phase
+        drawing = self.ahead[1] if stale and self.ahead else self.train_drawing(engine, sampling, phase, prompts)
+        groups, stats = self.drawn_by_all(drawing, len(prompts))
+        self.rollouts, self.ahead = self.prompts_per_phase * self.group_size, None
         rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # before ties are replaced
         if self.resample_ties:
             stats = self.replace_ties(engine, sampling, phase, groups, stats)
@@ -223,7 +255,7 @@ class RolloutData(PromptData):
                 per_update * world,
                 total_tokens[u],
                 mismatched_rows(update, self.rows_per_prompt) if loss.needs_kl_baseline else None,
-                u == 0,
+                u == 0 and not stale,
                 sampling.temperature,
             )
         ]

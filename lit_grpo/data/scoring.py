@@ -39,16 +39,17 @@ class Scoring:
         self.error: BaseException | None = None
         self.parts: queue.SimpleQueue[dict[int, list[Completion]] | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
-        if beside and score is not None:
-            self.thread = threading.Thread(target=self.work, daemon=True)  # a reward that hangs keeps no program alive
-            self.thread.start()
+        self.beside = beside and score is not None
 
     def finished(self, prompt: int, completions: list[Completion]) -> None:
         """Take all completions of a prompt, given by its number."""
         self.waiting[prompt] = completions
-        if self.thread is not None and len(self.waiting) * self.n >= SCORED_AT_ONCE:
+        if self.beside and len(self.waiting) * self.n >= SCORED_AT_ONCE:
             self.parts.put(self.waiting)
             self.waiting = {}
+            if self.thread is None:  # a daemon, so that a reward that hangs keeps no program alive
+                self.thread = threading.Thread(target=self.work, daemon=True)
+                self.thread.start()
 
     def work(self) -> None:
         """Score parts as they come; what goes wrong is raised where somebody waits for the samples."""
@@ -79,7 +80,8 @@ class Scoring:
             UserError: what the reward's mistakes lead to.
         """
         if self.thread is not None:
-            self.parts.put(self.waiting)
+            if self.waiting:
+                self.parts.put(self.waiting)
             self.parts.put(None)
             self.thread.join()
             if self.error is not None:

@@ -1,0 +1,262 @@
+"""Work that goes on side by side: rewards beside the engine, the engine beside the updates."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import quiet_trainer
+from test_invariance import ScriptedEngine, ScriptedRollout, even_first_digit
+
+from callbacks import HFRollout, VLLMRollout
+from callbacks.rollout import Rollout
+from lit_grpo.__main__ import main
+from lit_grpo.data import RolloutData, Sample, Source
+from lit_grpo.data.prompts import Prompt
+from lit_grpo.data.scoring import SCORED_AT_ONCE, Scoring
+from lit_grpo.data.types import Completion
+from lit_grpo.errors import UserError
+from lit_grpo.losses import GRPO
+from lit_grpo.module import PolicyModule
+from lit_grpo.rewards import MathReward, RewardSum, exact_match, overlaps
+
+
+async def judged_elsewhere(samples: list[Sample]) -> list[float]:
+    return even_first_digit(samples)
+
+
+class TestRewards:
+    def test_which_may_be_called_beside_the_engine(self):
+        assert overlaps(MathReward())
+        assert overlaps(judged_elsewhere)
+        assert overlaps(RewardSum({"a": MathReward(), "b": judged_elsewhere}))
+        assert not overlaps(exact_match)  # it may need the main thread, for all we know
+        assert not overlaps(RewardSum({"a": MathReward(), "b": exact_match}))
+
+    def scoring(self, prompts: int, score: Any, beside: bool) -> Scoring:
+        asked = [Prompt(f"{i}", [i], str(i)) for i in range(prompts)]
+        return Scoring(asked, 2, lambda ids: [str(one) for one in ids], score, beside)
+
+    def test_parts_are_cut_by_number_and_put_back_in_order(self):
+        """Never by the time that something takes, so that a run repeats itself."""
+        called: list[tuple[str, int]] = []
+
+        def score(samples: list[Sample]) -> None:
+            called.append((threading.current_thread().name, len(samples)))
+            for sample in samples:
+                sample.reward = float(sample.answer)
+
+        prompts = SCORED_AT_ONCE + 10
+        order = torch.randperm(prompts, generator=torch.Generator().manual_seed(0)).tolist()
+        found = []
+        for beside in (True, False):
+            scoring = self.scoring(prompts, score, beside)
+            for i in order:
+                scoring.finished(i, [Completion([i, 0]), Completion([i, 1])])
+            found.append(scoring.samples())
+        assert [sample.reward for sample in found[0]] == [i // 2 for i in range(2 * prompts)]
+        assert found[0] == found[1]
+        assert [size for _, size in called] == [SCORED_AT_ONCE, SCORED_AT_ONCE, 20, 2 * prompts]
+        main = threading.main_thread().name
+        assert [name == main for name, _ in called] == [False, False, False, True]
+
+    def test_what_goes_wrong_there_is_said_here(self):
+        def score(samples: list[Sample]) -> None:
+            raise UserError(f"of {samples[0].prompt}")
+
+        scoring = self.scoring(3 * SCORED_AT_ONCE, score, beside=True)
+        for i in range(3 * SCORED_AT_ONCE):
+            scoring.finished(i, [Completion([i]), Completion([i])])
+        with pytest.raises(UserError, match="of 0"):
+            scoring.samples()
+
+    def test_it_scores_while_the_engine_writes(self, model: str, many_prompts: str, tmp_path: Path):
+        """The engine here does not come to its end before the first part is scored."""
+        scored = threading.Event()
+
+        async def reward(samples: list[Sample]) -> list[float]:
+            if len(samples) == SCORED_AT_ONCE:
+                scored.set()
+            return even_first_digit(samples)
+
+        class Waiting(ScriptedEngine):
+            def _generate(self, prompts: Any, *rest: Any) -> Any:
+                for i, completions in super()._generate(prompts, *rest):
+                    assert i < len(prompts) - 1 or scored.wait(60)
+                    yield i, completions
+
+        class Rollouts(ScriptedRollout):
+            def make_engine(self, module: Any, context: int) -> Any:
+                return Waiting(context)
+
+        data = RolloutData(Source(many_prompts), reward=reward, prompts_per_phase=64, group_size=4)
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[Rollouts(max_tokens=12)]).fit(
+            PolicyModule(model, GRPO(), max_mismatch=100), data
+        )
+        assert scored.is_set()
+        assert len(data.samples) == 256
+        assert [sample.reward for sample in data.samples] == even_first_digit(data.samples)
+
+
+class Watch(L.Callback):
+    """Takes the weights at the start of each phase, and its batches."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.batches: list[list[Any]] = []
+        self.staleness: list[float] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.weights.append({name: x.detach().clone() for name, x in pl_module.policy.state_dict().items()})
+        self.batches.append([])
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches[-1].append(batch)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if "train/staleness" in trainer.callback_metrics:
+            self.staleness.append(float(trainer.callback_metrics["train/staleness"]))
+
+
+class TestOnePhaseAhead:
+    def fit(self, model: str, prompts: str, folder: Path, rollout: Rollout, lr: float = 1e-3, **options: Any) -> Watch:
+        module = PolicyModule(model, GRPO(), optimizer=lambda p: torch.optim.Adam(p, lr=lr))
+        data = RolloutData(
+            Source(prompts),
+            val=Source(prompts),
+            reward=even_first_digit,
+            prompts_per_phase=8,
+            updates_per_phase=2,
+            **options,
+        )
+        watch = Watch()
+        quiet_trainer(folder, max_epochs=4, check_val_every_n_epoch=2, callbacks=[rollout, watch]).fit(module, data)
+        self.module = module
+        return watch
+
+    @pytest.mark.parametrize("engine", [HFRollout, pytest.param(VLLMRollout, marks=pytest.mark.vllm)])
+    @pytest.mark.parametrize("resample", [False, True])
+    def test_its_rollouts_are_of_the_policy_before(
+        self, engine: type[Rollout], resample: bool, model: str, many_prompts: str, tmp_path: Path
+    ):
+        """Their log-probs are the ones that the ratio is taken to, and those of the weights of one phase ago."""
+        rollout = engine(max_tokens=4, one_phase_ahead=True)
+        watch = self.fit(model, many_prompts, tmp_path, rollout, resample_ties=resample)
+        assert watch.staleness == [0, 2, 2, 2]
+        policy = self.module.policy
+        for phase, batches in enumerate(watch.batches):
+            assert [batch.on_policy for batch in batches] == [phase == 0, False]
+            differences = []
+            for weights in (watch.weights[max(0, phase - 1)], watch.weights[phase]):
+                policy.load_state_dict(weights)
+                with torch.no_grad():
+                    found = [policy(batch.tokens, batch.mask)[0] - batch.sampler_logps for batch in batches]
+                differences.append(max(float(x.abs().max()) for x in found))
+            if not resample:  # replacements are of the latest policy
+                assert differences[0] < 1e-4
+            assert phase == 0 or differences[1] > 1e-3
+
+    def test_where_nothing_moves_it_changes_nothing(self, model: str, many_prompts: str, tmp_path: Path):
+        found = [
+            self.fit(model, many_prompts, tmp_path, HFRollout(max_tokens=4, one_phase_ahead=ahead), lr=0.0)
+            for ahead in (False, True)
+        ]
+        for plain, ahead in zip(*(watch.batches for watch in found), strict=True):
+            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, ahead, strict=True))
+            assert all(torch.equal(a.advantages, b.advantages) for a, b in zip(plain, ahead, strict=True))
+
+    def test_the_engine_draws_while_the_policy_trains(self, model: str, many_prompts: str, tmp_path: Path):
+        """Here it does not come to its end before an update of the phase before was made."""
+        updated = threading.Event()
+
+        class Waiting(ScriptedEngine):
+            calls = 0
+
+            def _generate(self, prompts: Any, *rest: Any) -> Any:
+                self.calls += 1
+                assert self.calls != 2 or updated.wait(60)
+                yield from super()._generate(prompts, *rest)
+
+        class Rollouts(ScriptedRollout):
+            def make_engine(self, module: Any, context: int) -> Any:
+                return Waiting(context)
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                updated.set()
+
+        module = PolicyModule(model, max_mismatch=100)
+        data = RolloutData(Source(many_prompts), reward=even_first_digit, prompts_per_phase=8)
+        rollout = Rollouts(max_tokens=12, one_phase_ahead=True)
+        quiet_trainer(tmp_path, max_epochs=2, callbacks=[rollout]).fit(module, data)
+        assert updated.is_set()
+
+    def test_an_engine_at_work_is_stopped_before_it_is_closed(self, model: str, many_prompts: str, tmp_path: Path):
+        events = []
+
+        class Endless(ScriptedEngine):
+            calls = 0
+
+            def _generate(self, prompts: Any, n: int, sampling: Any, seeds: Any, deadline: Any) -> Any:
+                self.calls += 1
+                try:
+                    while self.calls == 2:
+                        deadline.check(lambda: "a prompt")
+                finally:
+                    events.append("stopped")
+                yield from super()._generate(prompts, n, sampling, seeds, deadline)
+
+            def close(self) -> None:
+                events.append("closed")
+
+        class Rollouts(ScriptedRollout):
+            def make_engine(self, module: Any, context: int) -> Any:
+                return Endless(context)
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                raise RuntimeError("the update fails")
+
+        module = PolicyModule(model, max_mismatch=100)
+        data = RolloutData(Source(many_prompts), reward=even_first_digit, prompts_per_phase=8)
+        with pytest.raises(RuntimeError, match="the update fails"):
+            quiet_trainer(tmp_path, max_epochs=2, callbacks=[Rollouts(max_tokens=12, one_phase_ahead=True)]).fit(
+                module, data
+            )
+        assert events == ["stopped", "stopped", "closed"]
+
+    def test_it_wants_the_ratio_to_the_sampler(self, model: str, many_prompts: str, tmp_path: Path):
+        data = RolloutData(Source(many_prompts), reward=even_first_digit)
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=4, one_phase_ahead=True)])
+        with pytest.raises(UserError, match=r"one_phase_ahead: .* so the ratio must be to the sampler"):
+            trainer.fit(PolicyModule(model, old_policy="trainer"), data)
+
+    def test_told_to_end_it_saves_and_goes_on(
+        self, model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        step = PolicyModule.training_step
+
+        def told(module: PolicyModule, *arguments: Any) -> Any:
+            if module.current_epoch == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(module, *arguments)
+
+        monkeypatch.setattr(PolicyModule, "training_step", told)
+        command = [
+            "fit", f"--model.model={model}", "--data=RolloutData", f"--data.train.path={many_prompts}",
+            "--data.reward=test_invariance.even_first_digit", "--data.prompts_per_phase=8", "--rollout.max_tokens=4",
+            "--rollout.one_phase_ahead=true", "--trainer.max_epochs=4", "--trainer.accelerator=cpu",
+            "--samples.every_n_phases=1", f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last",
+        ]  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 143
+        monkeypatch.undo()
+        main(command)
+        samples = sorted((tmp_path / "run" / "samples").glob("train-*"))
+        assert [json.loads(path.read_text().splitlines()[0])["prompt"] != "" for path in samples] == [True] * 4
+        assert (tmp_path / "run" / "checkpoints" / "phase-00004.ckpt").exists()
