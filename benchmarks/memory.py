@@ -41,7 +41,7 @@ def trl(lm: Any, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def ours(lm: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    return completion_logps(lm.model(tokens).last_hidden_state, tokens, mask, lm.lm_head)[0]
+    return completion_logps(lm.model(tokens[:, :-1]).last_hidden_state, tokens, mask, lm.lm_head)[0]
 
 
 WAYS = {"plain": plain, "trl": trl, "ours": ours}

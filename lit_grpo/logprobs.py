@@ -28,7 +28,7 @@ def completion_logps(
     Logits never exist for prompt or padding positions, nor for the whole micro-batch at once.
 
     Args:
-        hidden: ``[N, T, H]`` last hidden states of the decoder.
+        hidden: ``[N, T - 1, H]`` last hidden states of the decoder, of all tokens but the last.
         tokens: ``[N, T]`` the ids that were fed to it.
         mask: ``[N, T - 1]`` bool, True where token t + 1 is wanted.
         head: maps hidden states to logits.
@@ -40,7 +40,7 @@ def completion_logps(
         Log-probs, and entropies in nats or None, both ``[N, T - 1]`` in float32 (float64 for a float64 model), 0
         outside the mask.
     """
-    states, targets = hidden[:, :-1][mask], tokens[:, 1:][mask]
+    states, targets = hidden[mask], tokens[:, 1:][mask]
     logps, entropies = _LinearLogps.apply(states, head.weight, head.bias, targets, temperature, softcap, entropy)
 
     def scattered(values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
 from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import Scores
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
-from lit_grpo.sharding import grad_norm, to_cpu
+from lit_grpo.sharding import grad_norm, shares_out, to_cpu
 
 MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
@@ -51,6 +51,12 @@ class PolicyModule(L.LightningModule):
         optimizer: of the policy's parameters. Adam without weight decay at 1e-6, the rate of most RL recipes.
         lr_scheduler: stepped once per optimizer step; constant if not given.
         gradient_checkpointing: recompute activations in the backward pass, for less memory and about a third more time.
+        attention: implementation by its name in ``transformers``, such as ``flash_attention_2``; if not given, what
+            that chooses.
+        packing: read the rows of a micro-batch one after the other, without padding. Wants ``flash_attention_2``, as
+            others take the square of all rows' length together.
+        compile: have ``torch.compile`` take the decoder. The first micro-batch is read plainly too, in this case and
+            with ``packing``, and the run stops if log-probs differ by more than ``max_mismatch``.
         correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
         pass_at: the k of Pass@k; powers of two and all samples of a prompt if not given.
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
@@ -70,6 +76,9 @@ class PolicyModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
+        attention: str | None = None,
+        packing: bool = False,
+        compile: bool = False,
         correct_at: float = 1.0,
         pass_at: list[int] | None = None,
         max_mismatch: float | None = None,
@@ -87,6 +96,7 @@ class PolicyModule(L.LightningModule):
             correct_at,
             max_mismatch,
         )
+        self.attention, self.packing, self.compiled = attention, packing, compile
         self.config = load_config(model)
         self.tokenizer = load_tokenizer(model)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
@@ -161,6 +171,12 @@ class PolicyModule(L.LightningModule):
         needed = self.loss.needs_kl_baseline or (self.loss.needs_reference and not self.reference_is_cached)
         if needed and self.trainer.state.fn == "fit":
             self.reference = self.without_adapters if self.lora else load_reference(self.model_name, strategy)
+        if self.compiled and shares_out(strategy):
+            raise UserError("model.compile: it was never tried where processes share the model out. Leave it out.")
+        for model in (self.policy, self.reference):
+            if isinstance(model, Policy):
+                model.speed_up(self.attention, self.packing, self.compiled)
+        self.unproven = self.packing or self.compiled
 
     def without_adapters(self, *batch: Any) -> Any:
         """What the model says whose adapters are trained."""
@@ -190,6 +206,8 @@ class PolicyModule(L.LightningModule):
             ref_logps = self.logps_of(self.reference, batch)
         entropy_wanted = self.loss.needs_entropy or self.log_entropy
         logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted)
+        if self.unproven:
+            self.compare_with_plain(logps.detach(), batch)
         if batch_idx == 0 and batch.sampler_logps is not None:
             mismatch = self.check_mismatch(logps.detach(), batch)
             self.log_dict(
@@ -258,6 +276,25 @@ class PolicyModule(L.LightningModule):
             logps, _ = model(batch.tokens, batch.mask, batch.temperature)
         self.seconds_scoring += time.perf_counter() - start
         return logps
+
+    def compare_with_plain(self, logps: Tensor, batch: Batch) -> None:
+        """Read a micro-batch plainly too, once.
+
+        Raises:
+            UserError: if log-probs differ by more than ``max_mismatch``.
+        """
+        assert self.policy is not None
+        assert self.max_mismatch is not None
+        with self.policy.plainly():
+            difference = (logps - self.logps_of(self.policy, batch)).abs()[batch.mask].mean()
+        if not difference <= self.max_mismatch:
+            keys = [f"model.{key}" for key, used in (("packing", self.packing), ("compile", self.compiled)) if used]
+            raise UserError(
+                f"{', '.join(keys)}: log-probs differ from the plain path's by {difference.item():.3g} on average,"
+                f" above model.max_mismatch {self.max_mismatch}. Leave it out, or choose another model.attention."
+            )
+        rank_zero_info(f"Checked against the plain path: log-probs differ by {difference.item():.1g} on average.")
+        self.unproven = False
 
     def estimate_kl_baseline(self, batches: list[Batch]) -> Tensor:
         """Mean log-ratio of policy to reference over mismatched completions of all processes."""

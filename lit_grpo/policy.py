@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ class Policy(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
+        self.packing = False
 
     def forward(
         self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -39,9 +42,53 @@ class Policy(nn.Module):
         ``tokens`` are padded at the right, so that causal attention never reaches padding from a real token and no
         attention mask is needed.
         """
-        hidden = self.lm.base_model(tokens, use_cache=False).last_hidden_state
+        read = self.packed if self.packing else self.padded
+        hidden = read(tokens[:, :-1], mask)  # of the last token, nobody asks what follows
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
         return completion_logps(hidden, tokens, mask, self.lm.get_output_embeddings(), temperature, softcap, entropy)
+
+    def padded(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states ``[N, T - 1, H]`` of as many tokens."""
+        hidden: Tensor = self.lm.base_model(tokens, use_cache=False).last_hidden_state
+        return hidden
+
+    def packed(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """As ``padded``, reading all rows as one without padding; positions that begin again say where a row does."""
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        real = places <= torch.where(mask, places, 0).amax(-1, keepdim=True)
+        rows = self.lm.base_model(tokens[real][None], position_ids=places[real][None], use_cache=False)
+        hidden: Tensor = rows.last_hidden_state[0]
+        return hidden.new_zeros(*tokens.shape, hidden.shape[-1]).index_put((real,), hidden)
+
+    def speed_up(self, attention: str | None, packing: bool, compiled: bool) -> None:
+        """Compute in another way, from which log-probs come out the same.
+
+        Args:
+            attention: the implementation, by its name in ``transformers``.
+            packing: whether rows are read without padding between them.
+            compiled: whether ``torch.compile`` takes the decoder.
+
+        Raises:
+            UserError: if the model does not have that attention.
+        """
+        self.packing = packing
+        if attention is not None:
+            try:
+                self.lm.set_attn_implementation(attention)
+            except (ValueError, ImportError) as error:
+                raise UserError(f"model.attention: {error}") from error
+        if compiled:
+            self.lm.base_model.compile(dynamic=True)
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Without packing, and not compiled."""
+        packing, self.packing = self.packing, False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.packing = packing
 
 
 def load_policy(

@@ -64,11 +64,11 @@ class TestLogps:
         """Of log-probs and entropies, with respect to hidden states, weight and bias."""
         monkeypatch.setattr("lit_grpo.logprobs.CHUNK_LOGITS", chunk)
         head, mask = torch.nn.Linear(4, 7, bias=bias).double(), torch.tensor([[True, False, True, True], [True] * 4])
-        hidden, tokens = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True), torch.randint(7, (2, 5))
+        hidden, tokens = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True), torch.randint(7, (2, 5))
         leaves = [hidden, *head.parameters()]
         factors = torch.randn(2, 2, 4, dtype=torch.float64)
         found = torch.stack(completion_logps(hidden, tokens, mask, head, temperature, softcap, entropy=True))
-        logits = head(hidden[:, :-1])
+        logits = head(hidden)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         dense = (logits / temperature).log_softmax(-1)
         plain = torch.stack([dense.gather(-1, tokens[:, 1:, None]).squeeze(-1), -(dense.exp() * dense).sum(-1)]) * mask
@@ -82,21 +82,21 @@ class TestLogps:
     def test_only_what_trains_gets_a_gradient(self):
         """With adapters, the head does not."""
         head = torch.nn.Linear(4, 7).requires_grad_(False)
-        hidden = torch.randn(1, 3, 4, requires_grad=True)
+        hidden = torch.randn(1, 2, 4, requires_grad=True)
         logps, _ = completion_logps(hidden, torch.tensor([[1, 2, 3]]), torch.ones(1, 2).bool(), head)
         logps.sum().backward()
         assert hidden.grad is not None
         assert head.weight.grad is head.bias.grad is None
 
     def test_under_autocast_the_head_computes_in_bfloat16(self):
-        head, hidden = torch.nn.Linear(8, 16, bias=False), torch.randn(1, 9, 8, requires_grad=True)
+        head, hidden = torch.nn.Linear(8, 16, bias=False), torch.randn(1, 8, 8, requires_grad=True)
         tokens, mask = torch.randint(16, (1, 9)), torch.ones(1, 8).bool()
         gradients = []
         for mixed in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 logps, _ = completion_logps(hidden, tokens, mask, head)
             assert logps.dtype == torch.float32
-            logits = F.linear(hidden[0, :-1].to(torch.bfloat16), head.weight.to(torch.bfloat16)).float()
+            logits = F.linear(hidden[0].to(torch.bfloat16), head.weight.to(torch.bfloat16)).float()
             plain = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
             assert torch.allclose(logps[0], plain, rtol=0, atol=1e-6) == mixed
             gradients.append(torch.autograd.grad(logps.sum(), [hidden, head.weight]))

@@ -1,0 +1,104 @@
+"""Packed rows and compiled decoders give what the plain path gives, or the run stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import quiet_trainer
+from test_invariance import even_first_digit
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+
+from callbacks import HFRollout
+from lit_grpo.data import RolloutData, Source
+from lit_grpo.engines import full_weights
+from lit_grpo.errors import UserError
+from lit_grpo.module import PolicyModule
+from lit_grpo.policy import Policy, load_policy
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "gemma2, with sliding windows and soft caps": lambda: Gemma2Config(**SIZES, sliding_window=4),
+}
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of different lengths; after the last token that counts, anything may stand."""
+    tokens = torch.randint(16, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, 11, dtype=torch.bool)
+    for row, (start, end) in enumerate([(2, 11), (1, 3), (5, 9), (4, 5)]):
+        mask[row, start:end] = True
+    return tokens, mask
+
+
+def logps_and_gradients(policy: Policy) -> list[torch.Tensor]:
+    tokens, mask = rows()
+    policy.zero_grad()
+    logps, entropy = policy(tokens, mask, 0.8, entropy=True)
+    weights = torch.rand(mask.shape, dtype=logps.dtype, generator=torch.Generator().manual_seed(1))
+    (weights * (logps + entropy)).sum().backward()
+    return [logps.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_do_not_see_each_other(name: str, attention: str):
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(MODELS[name]())).double()
+    policy.speed_up(attention, packing=False, compiled=False)
+    plain = logps_and_gradients(policy)
+    policy.speed_up(None, packing=True, compiled=False)
+    read: list[torch.Size] = []
+    policy.lm.base_model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape))
+    torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=0, atol=1e-6)  # norms compute in float32
+    assert read == [(1, 11 + 3 + 9 + 5)]
+    with policy.plainly():
+        torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=0, atol=0)
+
+
+def test_a_compiled_decoder_gives_the_same(model: str):
+    policy = load_policy(model)
+    plain = logps_and_gradients(policy)
+    policy.speed_up(None, packing=False, compiled=True)
+    torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=1e-4, atol=1e-5)
+
+
+class Unwatched(HFRollout):
+    def canary(self, *_: Any) -> None:
+        """It would notice too, and sooner."""
+
+
+def fit(model: str, prompts: str, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    module = PolicyModule(model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **settings)
+    data = RolloutData(Source(prompts), reward=even_first_digit, prompts_per_phase=8, updates_per_phase=2)
+    quiet_trainer(folder, max_epochs=2, callbacks=[Unwatched(max_tokens=4)]).fit(module, data)
+    return dict(full_weights(module.policy))
+
+
+def test_a_run_is_the_same_with_them(model: str, many_prompts: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    plain = fit(model, many_prompts, tmp_path)
+    with caplog.at_level("INFO"):
+        packed = fit(model, many_prompts, tmp_path, packing=True)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
+    assert sum("Checked against the plain path" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_rows_that_see_each_other_stop_the_run(
+    model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As where an attention knows nothing of positions that begin again."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    with pytest.raises(UserError, match=r"model.packing: log-probs differ from the plain path's by"):
+        fit(model, many_prompts, tmp_path, packing=True)
+
+
+def test_an_attention_that_is_not_there_is_named(model: str, many_prompts: str, tmp_path: Path):
+    with pytest.raises(UserError, match=r"model.attention: .*nonsense"):
+        fit(model, many_prompts, tmp_path, attention="nonsense")
