@@ -22,6 +22,7 @@ def completion_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the completion tokens, taken in chunks whose logits are computed again in the backward pass.
 
@@ -35,16 +36,18 @@ def completion_logps(
         temperature: what logits are divided by; the one at which the completions were sampled.
         softcap: logits are squashed into ``(-softcap, softcap)`` first, as Gemma 2 does.
         entropy: whether the entropy of each token's distribution is wanted too.
+        places: ``[n]`` where the mask, flattened, is True; if not given, that is found here, and a GPU waited for.
 
     Returns:
         Log-probs, and entropies in nats or None, both ``[N, T - 1]`` in float32 (float64 for a float64 model), 0
         outside the mask.
     """
-    states, targets = hidden[mask], tokens[:, 1:][mask]
+    places = mask.flatten().nonzero().squeeze(-1) if places is None else places
+    states, targets = hidden.flatten(0, 1).index_select(0, places), tokens[:, 1:].flatten().index_select(0, places)
     logps, entropies = _LinearLogps.apply(states, head.weight, head.bias, targets, temperature, softcap, entropy)
 
     def scattered(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return values.new_zeros(mask.numel()).index_copy(0, places, values).view(mask.shape)
 
     return scattered(logps), scattered(entropies) if entropy else None
 

@@ -178,11 +178,11 @@ class PolicyModule(L.LightningModule):
                 model.speed_up(self.attention, self.packing, self.compiled)
         self.unproven = self.packing or self.compiled
 
-    def without_adapters(self, *batch: Any) -> Any:
+    def without_adapters(self, *batch: Any, **options: Any) -> Any:
         """What the model says whose adapters are trained."""
         assert self.policy is not None
         with adapters_off(self.policy.lm):
-            return self.policy(*batch)
+            return self.policy(*batch, **options)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -205,7 +205,7 @@ class PolicyModule(L.LightningModule):
         if ref_logps is None and self.reference is not None:
             ref_logps = self.logps_of(self.reference, batch)
         entropy_wanted = self.loss.needs_entropy or self.log_entropy
-        logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted)
+        logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted, batch.places)
         if self.unproven:
             self.compare_with_plain(logps.detach(), batch)
         if batch_idx == 0 and batch.sampler_logps is not None:
@@ -273,7 +273,7 @@ class PolicyModule(L.LightningModule):
         """Log-probs of a batch by the policy or the reference, without gradient, in a training step or outside."""
         start = time.perf_counter()
         with torch.no_grad(), self.trainer.strategy.precision_plugin.forward_context():
-            logps, _ = model(batch.tokens, batch.mask, batch.temperature)
+            logps, _ = model(batch.tokens, batch.mask, batch.temperature, places=batch.places)
         self.seconds_scoring += time.perf_counter() - start
         return logps
 

@@ -33,7 +33,12 @@ class Policy(nn.Module):
         self.packing = False
 
     def forward(
-        self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs ``[N, T - 1]`` of the tokens under ``mask``, and entropies if they are wanted.
 
@@ -45,7 +50,8 @@ class Policy(nn.Module):
         read = self.packed if self.packing else self.padded
         hidden = read(tokens[:, :-1], mask)  # of the last token, nobody asks what follows
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
-        return completion_logps(hidden, tokens, mask, self.lm.get_output_embeddings(), temperature, softcap, entropy)
+        head = self.lm.get_output_embeddings()
+        return completion_logps(hidden, tokens, mask, head, temperature, softcap, entropy, places)
 
     def padded(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Hidden states ``[N, T - 1, H]`` of as many tokens."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import quiet_trainer
+from loss_cases import LOSSES, make_inputs
 from test_invariance import even_first_digit
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
+from lit_grpo.losses import diagnostics
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy
 
@@ -102,3 +106,23 @@ def test_rows_that_see_each_other_stop_the_run(
 def test_an_attention_that_is_not_there_is_named(model: str, many_prompts: str, tmp_path: Path):
     with pytest.raises(UserError, match=r"model.attention: .*nonsense"):
         fit(model, many_prompts, tmp_path, attention="nonsense")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_micro_batch_waits_for_the_device(name: str):
+    """Where tensors have no values, whoever asks for one, or for a shape that depends on them, raises."""
+    loss, size = LOSSES[name], {key: value for key, value in SIZES.items() if key != "head_dim"}
+    real = make_inputs(loss, rows=4, width=8)
+    tokens, places = torch.zeros(4, 9, dtype=torch.int64), real.mask.flatten().nonzero().squeeze(-1)
+    with FakeTensorMode() as fake:
+        policy = Policy(AutoModelForCausalLM.from_config(Qwen2Config(**size)))
+        tensors = {key: fake.from_tensor(x) for key, x in vars(real).items() if isinstance(x, torch.Tensor)}
+        tokens, places = fake.from_tensor(tokens), fake.from_tensor(places)
+        logps, entropy = policy(tokens, tensors["mask"], 0.8, loss.needs_entropy, places)
+        inputs = replace(real, **tensors | {"logps": logps, "entropy": entropy})
+        output = loss(inputs)
+        diagnostics(inputs)
+        output.loss.backward()
+        assert all(p.grad is not None for p in policy.parameters())
+        with pytest.raises(DynamicOutputShapeException):  # which shows that it would be noticed
+            policy(tokens, tensors["mask"])

@@ -17,6 +17,7 @@ As rows of a batch (T = 9; the mask has T - 1 = 8 columns, column t speaks of to
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,9 @@ class Batch:
     old_logps: Tensor | None = None
     """[N, T - 1] float, 0 outside the mask: of the old policy, where the trainer computed them itself."""
 
+    places: Tensor | None = None
+    """[n] int64: where the mask, flattened, is True, so that nobody has to wait for a GPU to say so."""
+
     mismatched: list[Batch] | None = None
     """On the first micro-batch of a step, where the loss wants ``kl_baseline``: prompts of the step with completions of
     other prompts."""
@@ -137,13 +141,9 @@ class Batch:
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=non_blocking)
 
+        tensors: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(
             self,
-            tokens=move(self.tokens),
-            mask=move(self.mask),
-            advantages=move(self.advantages),
-            sampler_logps=None if self.sampler_logps is None else move(self.sampler_logps),
-            ref_logps=None if self.ref_logps is None else move(self.ref_logps),
-            old_logps=None if self.old_logps is None else move(self.old_logps),
+            **tensors,
             mismatched=self.mismatched and [batch.to(device, non_blocking) for batch in self.mismatched],
         )
