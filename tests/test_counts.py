@@ -1,0 +1,112 @@
+"""What a phase costs, in counts that are the same on every machine: passes, tokens, tensors. A guard for speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import quiet_trainer
+from test_invariance import ScriptedRollout, even_first_digit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_grpo.data import RolloutData, Source
+from lit_grpo.losses import DPO, GRPO, Loss, LossInputs, TwoGRPO, diagnostics
+from lit_grpo.module import PolicyModule
+from lit_grpo.policy import Policy
+from lit_grpo.quickstart import small_qwen
+
+
+class Counted(TorchDispatchMode):
+    """Operations, and the elements of the largest tensor that one made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        made = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
+        self.largest = max([self.largest, *made])
+        return result
+
+
+def phase(
+    model: str, prompts: str, folder: Path, loss: Loss, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[tuple[bool, int]], RolloutData]:
+    """Each forward pass of a phase in four micro-batches: whether it was the policy's, and tokens with padding."""
+    passes: list[tuple[bool, int]] = []
+    forward = Policy.forward
+
+    def counted(policy: Policy, tokens: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        passes.append((policy.training, tokens.numel()))
+        return forward(policy, tokens, *rest, **more)
+
+    monkeypatch.setattr(Policy, "forward", counted)
+    data = RolloutData(Source(prompts), reward=even_first_digit, prompts_per_phase=64)
+    trainer = quiet_trainer(folder, max_epochs=1, accumulate_grad_batches=4, callbacks=[ScriptedRollout(max_tokens=12)])
+    trainer.fit(PolicyModule(model, loss, max_mismatch=100), data)
+    return passes, data
+
+
+def tokens_of(data: RolloutData, trains: Any) -> int:
+    """Prompt and completion tokens of the groups that ``trains`` says of their rewards."""
+    n = data.group_size
+    groups = [data.samples[i : i + n] for i in range(0, len(data.samples), n)]
+    return sum(len(s.prompt) + s.num_tokens for group in groups if trains({s.reward for s in group}) for s in group)
+
+
+@pytest.mark.parametrize("loss", [TwoGRPO(), GRPO()])
+def test_ties_and_padding_cost_nothing(
+    loss: Loss, model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes, data = phase(model, many_prompts, tmp_path, loss, monkeypatch)
+    assert [policy for policy, _ in passes] == [True] * 4
+    trained, all_rows = tokens_of(data, lambda rewards: len(rewards) > 1), tokens_of(data, lambda _: True)
+    assert 0 < trained < 0.7 * all_rows
+    assert trained <= sum(tokens for _, tokens in passes) < 1.25 * trained
+
+
+def test_a_reference_costs_one_pass_for_each_micro_batch(
+    model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes, _ = phase(model, many_prompts, tmp_path, DPO(), monkeypatch)
+    assert [policy for policy, _ in passes] == [False, True] * 4
+    assert passes[::2] == [(False, tokens) for _, tokens in passes[1::2]]
+
+
+def wide() -> Policy:
+    """Of a model with more words than weights elsewhere."""
+    return Policy(small_qwen(vocab_size=4096, hidden_size=32, intermediate_size=64)).train()
+
+
+def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch):
+    """Of 64 completion tokens, here those of 16 at most, forward and backward; of prompts none."""
+    monkeypatch.setattr("lit_grpo.logprobs.CHUNK_LOGITS", 16 * 4096)
+    tokens, mask = torch.randint(4096, (4, 33)), torch.arange(32).expand(4, -1) >= 16
+    policy = wide()
+    with Counted() as plain:
+        policy.lm(tokens).logits.log_softmax(-1).sum().backward()
+    with Counted() as ours:
+        policy(tokens, mask)[0].sum().backward()
+    assert plain.largest == 4 * 33 * 4096
+    assert ours.largest == 32 * 4096  # the gradient of the embeddings
+
+
+def test_few_operations_stand_beside_the_model_s():
+    """Those of log-probs, loss and metrics of a micro-batch, forward and backward, whatever the model."""
+    tokens, mask = torch.randint(4096, (4, 33)), torch.arange(32).expand(4, -1) >= 16
+    policy, loss = wide(), GRPO()
+    with Counted() as decoder:
+        policy.lm.base_model(tokens[:, :-1], use_cache=False).last_hidden_state.sum().backward()
+    places = mask.flatten().nonzero().squeeze(-1)
+    with Counted() as whole:
+        logps, _ = policy(tokens, mask, places=places)
+        inputs = LossInputs(logps, mask, torch.ones(4), old_logps=logps.detach(), total_rows=4, total_tokens=64)
+        output = loss(inputs)
+        diagnostics(inputs)
+        output.loss.backward()
+    assert whole.operations - decoder.operations <= 160
