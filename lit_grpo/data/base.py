@@ -213,8 +213,10 @@ class PromptData(L.LightningDataModule):
     def seeds(self, split: str, phase: int, positions: Sequence[int]) -> list[int]:
         """Sampling seed of each prompt: a function of the run's seed, the phase and its place, and of nothing else."""
         stream = ["train", "val", "test", "predict"].index(split)
-        entropy = [np.random.SeedSequence((self.seed, stream, phase, i)) for i in positions]
-        return [int(e.generate_state(1, np.uint64)[0] >> np.uint64(2)) for e in entropy]
+        words = np.random.SeedSequence((self.seed, stream, phase)).generate_state(
+            max(positions, default=0) + 1, np.uint64
+        )
+        return [int(words[i]) >> 2 for i in positions]
 
     def drawing(
         self,
