@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import json
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
@@ -20,6 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lit_grpo.distributed import all_objects
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
+
+SIMPLE = (bool, int, float, str, type(None))
 
 CHECKSUMS = "checksums.json"
 """Of the files of a sharded checkpoint."""
@@ -59,20 +64,30 @@ class Checkpoints(L.Callback):
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         trainer.strategy.checkpoint_io = PlainCheckpointIO()
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state."""
+        for callback in trainer.callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            for key in inspect.signature(type(callback)).parameters if isinstance(state, dict) else ():
+                then, now = state.get(key), getattr(callback, key, None)
+                if key in state and isinstance(then, SIMPLE) and isinstance(now, SIMPLE) and then != now:
+                    state[key] = now
+                    rank_zero_info(f"{type(callback).__name__}: {key} was {then}, and is {now} from here on")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.done_before = trainer.current_epoch
         if trainer.is_global_zero:
-            self.put_aside(trainer.current_epoch)
+            self.put_aside(trainer.current_epoch, trainer.ckpt_path)
 
-    def put_aside(self, phase: int) -> None:
-        """Rename checkpoints of later phases, which are damaged or of a course not gone on with; remove halves."""
+    def put_aside(self, phase: int, begun_from: Any) -> None:
+        """Rename checkpoints that are damaged or of a course not gone on with, and remove halves."""
         for half in self.folder.glob("phase-*.unfinished"):
             remove(half)
         for path in checkpoints_in(self.folder):
-            if number(path) > phase:
-                remove(aside := path.with_stem(f"{path.stem}-aside"))
-                path.rename(aside)
-                rank_zero_warn(f"Training begins at phase {phase}, before {str(path)!r}, which is now {aside.name!r}.")
+            if number(path) >= phase and not (begun_from and path.resolve() == Path(begun_from).resolve()):
+                names = (path.with_stem(f"{path.stem}-aside-{i}") for i in itertools.count(1))
+                path.rename(aside := next(name for name in names if not name.exists()))
+                rank_zero_warn(f"Training begins at phase {phase} without {str(path)!r}, which is now {aside.name!r}.")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save; this callback stands before others, whose states are those of the moment between two phases."""
@@ -99,7 +114,7 @@ class Checkpoints(L.Callback):
             self.save(trainer)
         if trainer.state.fn != "fit":
             return
-        saved = checkpoints_in(self.folder)
+        saved = checkpoints_in(Path(trainer.default_root_dir) / "checkpoints")  # it may come before setup
         kept = f"{saved[0]} is kept" if saved else f"Nothing is kept (checkpoint.every_n_phases {self.every_n_phases})"
         again = (
             f"To {'go on' if saved else 'begin again'}, repeat the command with --run_dir {trainer.default_root_dir}"
@@ -127,16 +142,18 @@ class Checkpoints(L.Callback):
             return
         path = self.folder / f"phase-{trainer.current_epoch:05d}.ckpt"
         unfinished = path.with_suffix(".unfinished")
-        parts = all_objects(write(trainer, unfinished), trainer.world_size)
-        reason = next((part for part in parts if isinstance(part, str)), None)
-        if trainer.is_global_zero and reason is None:
-            reason = self.finish(unfinished, path, parts)
-        if reason := trainer.strategy.broadcast(reason):  # what one process cannot do, ends all
+        reason = trainer.strategy.broadcast(make_place(trainer, unfinished))  # what one process cannot do, ends all
+        if reason is None:
+            parts = all_objects(write(trainer, unfinished), trainer.world_size)
+            reason = next((part for part in parts if isinstance(part, str)), None)
+            if trainer.is_global_zero and reason is None:
+                reason = self.finish(unfinished, path, parts)
+            reason = trainer.strategy.broadcast(reason)
+        if reason is not None:
             remove(unfinished)
             earlier = checkpoints_in(self.folder)
             raise UserError(
-                f"checkpoint: cannot write {str(path)!r}: {reason}. Make room, or set"
-                " --checkpoint.keep 1 or another --run_dir."
+                f"checkpoint: cannot write {str(path)!r}: {reason}"
                 + (f" {str(earlier[0])!r} holds: go on with --ckpt_path last." if earlier else "")
             )
         self.saved = trainer.current_epoch
@@ -146,7 +163,10 @@ class Checkpoints(L.Callback):
         try:
             if unfinished.is_dir():
                 (unfinished / CHECKSUMS).write_text(json.dumps({key: x for part in sums for key, x in part.items()}))
+                sync(unfinished / CHECKSUMS)
+                sync(unfinished)
             unfinished.rename(path)
+            sync(self.folder)
         except OSError as error:
             return reason_of(error)
         for old in checkpoints_in(self.folder)[self.keep :]:
@@ -170,23 +190,59 @@ class PlainCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *arguments, **options)
 
 
+def make_place(trainer: L.Trainer, path: Path) -> str | None:
+    """Make the folder that a checkpoint goes to, or that it becomes, on the first process; or say why not."""
+    strategy: Any = trainer.strategy
+    shares = getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "") == "sharded")
+    try:
+        if trainer.is_global_zero:
+            (path if shares else path.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return reason_of(error)
+    return None
+
+
 def write(trainer: L.Trainer, path: Path) -> dict[str, int] | str:
     """Write this process's part of a checkpoint: the checksums of its files, which are on the disk then, or why not."""
     try:  # as Trainer.save_checkpoint, after which a process that failed alone would leave the others waiting
-        trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
+        held = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        trainer.strategy.save_checkpoint(held, path)
+        if trainer.is_global_zero and (strange := unreadable(path, held["callbacks"])):
+            return strange
         rank = trainer.global_rank
         mine = [path] if path.is_file() and rank == 0 else list(path.glob(f"__{rank}_*"))
         if path.is_dir() and rank == 0:
             mine += [path / ".metadata", path / "meta.pt"]
-        return {file.name: checksum(file, sync=True) for file in mine}
+        for file in mine:
+            sync(file)
+        return {file.name: checksum(file) for file in mine}
     except (OSError, RuntimeError, CheckpointException) as error:
         if (reason := reason_of(error)) is None:
             raise
         return reason
 
 
+def unreadable(path: Path, states: dict[str, Any]) -> str | None:
+    """Why a checkpoint cannot be loaded with ``weights_only=True``, if so; the states of callbacks are in it."""
+    try:
+        torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        return (
+            f"it could not be loaded again with weights_only=True: {str(error).splitlines()[0]} The state of a callback"
+            f" may hold numbers, text, tensors, lists and dictionaries; there are states of {', '.join(states)}."
+        )
+    return None
+
+
 def reason_of(error: BaseException | None) -> str | None:
     """What the file system said, if it was that; torch wraps it, or complains of a file that is too short."""
+    if (reason := words_of(error)) is None:
+        return None
+    return f"{reason}. Make room, or set --checkpoint.keep 1 or another --run_dir."
+
+
+def words_of(error: BaseException | None) -> str | None:
+    """As ``reason_of``, without advice."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     words = str(error)
@@ -215,12 +271,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def checksum(path: Path, sync: bool = False) -> int:
-    """CRC-32 of a file; with ``sync``, once it is on the disk."""
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
         while part := file.read(2**24):
             value = zlib.crc32(part, value)
     return value
@@ -254,6 +317,7 @@ def damage(path: Path) -> str | None:
             for name, expected in json.loads((path / CHECKSUMS).read_text()).items():
                 if checksum(path / name) != expected:
                     return f"the checksum of {name} is another"
+            torch.load(path / "meta.pt", map_location="cpu", mmap=True, weights_only=True)
         else:
             with zipfile.ZipFile(path) as archive:
                 if (bad := archive.testzip()) is not None:

@@ -27,10 +27,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for path in [*sorted(run_dir.glob("metrics-*.csv")), *run_dir.glob("metrics.csv")]:
         with open(path, newline="", encoding="utf-8") as file:
-            part = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            part = [row for row in map(numbers, csv.DictReader(file)) if "step" in row]
         first = min((row["step"] for row in part), default=float("inf"))
         rows = [row for row in rows if row["step"] < first] + part
     return rows
+
+
+def numbers(row: dict[str, str]) -> dict[str, float]:
+    """What a row of the log says; nothing where a kill cut it off."""
+    try:
+        return {key: float(value) for key, value in row.items() if value}
+    except (ValueError, TypeError):
+        return {}
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:

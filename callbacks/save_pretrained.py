@@ -33,7 +33,9 @@ class SavePretrained(L.Callback):
         if stopping and trainer.current_epoch != trainer.max_epochs:
             return  # there is only time for a checkpoint
         folder, first = Path(trainer.default_root_dir) / "pretrained", trainer.is_global_zero
-        shutil.rmtree(unfinished := folder.with_suffix(".unfinished"), ignore_errors=True)
+        unfinished = folder.with_suffix(".unfinished")
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
         try:
             save_pretrained(pl_module.policy, pl_module.tokenizer, unfinished, merge=False, write=first)
             if first:

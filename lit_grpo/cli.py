@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from callbacks import (  # noqa: F401
@@ -36,8 +37,9 @@ from callbacks import (  # noqa: F401
     VLLMRollout,
     Whereabouts,
 )
-from callbacks.checkpoints import damage, latest_whole
+from callbacks.checkpoints import checkpoints_in, damage, latest_whole
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
+from lit_grpo.csv_log import CSVLog
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 from lit_grpo.export import export, new_folder
@@ -142,15 +144,17 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Prepare the run folder, before anything costs time."""
         config = self.config[self.subcommand]
-        self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        self.run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}").expanduser()
         goes_on = self.subcommand == "test" and (self.run_dir / "results" / "settings.json").exists()  # see Results
+        if config.ckpt_path == "last" and not config.run_dir:
+            raise UserError("ckpt_path: last is the latest of a run; say of which with --run_dir.")
         if config.ckpt_path == "last" and self.subcommand == "fit":  # which may begin a run, and go on with it
-            latest, goes_on = latest_whole(self.run_dir / "checkpoints"), True
+            latest, goes_on = latest_whole(self.run_dir / "checkpoints") or origin(self.run_dir), True
             config.ckpt_path = latest and str(latest)
         elif config.ckpt_path is not None:
-            path = checkpoint_at(self.run_dir if config.ckpt_path == "last" else Path(config.ckpt_path), "ckpt_path")
-            config.ckpt_path = str(path)
-            goes_on |= self.subcommand == "fit" and path.resolve().parents[1] == self.run_dir.resolve()
+            given = self.run_dir if config.ckpt_path == "last" else Path(config.ckpt_path).expanduser()
+            config.ckpt_path = str(path := checkpoint_at(given, "ckpt_path"))
+            goes_on |= self.subcommand == "fit" and (is_of(self.run_dir, path) or nothing_kept(self.run_dir, path))
         if self.subcommand == "fit" and config.ckpt_path:
             rank_zero_info(f"Going on from {config.ckpt_path}")
         if rank_zero_only.rank == 0:
@@ -165,7 +169,7 @@ class CLI(LightningCLI):
         config["default_root_dir"] = str(self.run_dir)
         if config["logger"] is None:
             where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
-            table = [] if self.subcommand == "test" else [CSVLogger(**where, flush_logs_every_n_steps=1)]  # see Results
+            table = [] if self.subcommand == "test" else [CSVLog(**where, flush_logs_every_n_steps=1)]  # see Results
             config["logger"] = [TensorBoardLogger(**where), *table]
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
@@ -202,7 +206,7 @@ class TimeLimit(Timer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` without the checkpoint that a resumed run began with, so that the file repeats the run.
+    """Writes ``config.yaml`` without a checkpoint of the run itself that it went on from, so that it repeats the run.
 
     Of an evaluation it is written once that has begun, so that a killed one can be begun again.
     """
@@ -210,7 +214,8 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "test":
             self.config: Any = self.config.clone()
-            self.config.ckpt_path = None
+            if self.config.ckpt_path and is_of(Path(trainer.default_root_dir), Path(self.config.ckpt_path)):
+                self.config.ckpt_path = None
             super().setup(trainer, pl_module, stage)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -219,6 +224,27 @@ class SaveConfig(SaveConfigCallback):
 
 
 RUN_FILES = ("config.yaml", "metrics.csv", "samples", "checkpoints", "pretrained", "results")
+
+
+def is_of(run_dir: Path, checkpoint: Path) -> bool:
+    """Whether a run wrote a checkpoint."""
+    return checkpoint.resolve().parents[1] == run_dir.resolve()
+
+
+def origin(run_dir: Path) -> Path | None:
+    """The checkpoint of another run that a run began from, if it did."""
+    config = run_dir / "config.yaml"
+    settings = yaml.safe_load(config.read_text()) if config.exists() else None
+    found = settings.get("ckpt_path") if isinstance(settings, dict) else None
+    return found and Path(found)
+
+
+def nothing_kept(run_dir: Path, checkpoint: Path) -> bool:
+    """Whether a run began from this checkpoint and has none of its own, so that it begins again."""
+    before = origin(run_dir)
+    return (
+        before is not None and before.resolve() == checkpoint.resolve() and not checkpoints_in(run_dir / "checkpoints")
+    )
 
 
 def checkpoint_at(path: Path, key: str) -> Path:
@@ -304,9 +330,8 @@ def run_export(args: list[str]) -> None:
     parser.add_argument("--model", help="the model that the run began with, if it is no longer where it was")
     given = parser.parse_args(args)
     keep_quiet()
-    checkpoint = checkpoint_at(given.CKPT, "CKPT")
-    new_folder(given.OUT)
-    export(checkpoint, given.OUT, given.merge, given.model)
+    new = new_folder(given.OUT.expanduser())
+    export(checkpoint_at(given.CKPT.expanduser(), "CKPT"), new, given.merge, given.model)
     print(f"Wrote {given.OUT}")
 
 

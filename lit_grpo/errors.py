@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +23,21 @@ def mistakes_end_with_a_message(program: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error  # the parser wraps what constructors raise
-        while cause is not None and not is_mistake(cause):
+        while cause is not None and not (is_mistake(cause) or is_full(cause)):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        where = "" if isinstance(cause, UserError) else "trainer: "
-        print(f"{program}: error: {where}{cause}", file=sys.stderr)
+        where = "" if isinstance(cause, UserError | OSError) else "trainer: "
+        advice = " Make room. Checkpoints that are there hold: go on with --ckpt_path last." if is_full(cause) else ""
+        print(f"{program}: error: {where}{cause}{advice}", file=sys.stderr)
         sys.exit(2)
 
 
 def is_mistake(error: BaseException) -> bool:
     """Ours, or what Lightning raises for settings of the trainer that do not go together."""
     return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the disk is, or the user's share of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from lit_grpo.engines import full_adapters, full_weights
@@ -43,18 +45,15 @@ def save_pretrained(policy: Policy, tokenizer: Any, folder: Path, merge: bool, w
     tokenizer.save_pretrained(folder)
 
 
-def new_folder(path: Path) -> None:
-    """Make a folder that is to be written to.
+def new_folder(path: Path) -> Path:
+    """The path of a folder that is to be written.
 
     Raises:
-        UserError: if it is not empty, or cannot be made.
+        UserError: if it is a file, or not empty.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"OUT: cannot make the folder {str(path)!r}: {error.strerror}.") from error
-    if any(path.iterdir()):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"OUT: {str(path)!r} is not empty. Choose another folder.")
+    return path
 
 
 def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | None = None) -> None:
@@ -67,7 +66,7 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
         model: where the model lies that the run began with, if no longer where it was.
 
     Raises:
-        UserError: if the checkpoint is of no run, or its model is not found or another.
+        UserError: if the checkpoint is of no run, its model is not found or another, or there is no room.
     """
     sharded = checkpoint.is_dir()
     held = torch.load(
@@ -99,4 +98,11 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
     else:
         for key, tensor in trained.items():
             tensor.copy_(held["state_dict"][key])
-    save_pretrained(policy, tokenizer, folder, merge)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        save_pretrained(policy, tokenizer, unfinished, merge)
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"OUT: cannot write {str(folder)!r}: {error}. Make room, or choose another folder.") from error

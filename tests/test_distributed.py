@@ -71,7 +71,7 @@ def run(arguments: list[str], **environment: str) -> tuple[int, str]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    return sorted(path.name for path in (folder / "run" / "checkpoints").glob("*"))
 
 
 def test_work_is_equal_where_one_process_has_nothing_but_ties(command: list[str], tmp_path: Path):
@@ -119,7 +119,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(processes: int, command:
 
 
 class DiskOfTheFirstIsFull(L.Callback):
-    """For single files, which the first process alone writes; shares have room."""
+    """For what the first process alone writes: single files, or the folder of shares."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         save = torch.save
@@ -129,15 +129,24 @@ class DiskOfTheFirstIsFull(L.Callback):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             save(held, path, *arguments, **options)
 
-        torch.save = full
+        def no_folder(path: Path, *arguments: Any, **options: Any) -> None:
+            if trainer.is_global_zero and path.suffix == ".unfinished":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            mkdir(path, *arguments, **options)
+
+        mkdir = Path.mkdir
+        if os.environ["FULL"] == "folder":
+            Path.mkdir = no_folder
+        else:
+            torch.save = full
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("strategy", "what"), [("ddp", "file"), ("fsdp2", "file"), ("fsdp2", "folder")])
 def test_a_full_disk_of_the_first_process_ends_others_which_do_not_wait_for_it(
-    strategy: str, command: list[str], tmp_path: Path
+    strategy: str, what: str, command: list[str], tmp_path: Path
 ):
     full = "--trainer.callbacks+=test_distributed.DiskOfTheFirstIsFull"
-    code, said = run([*command, full, f"--trainer.strategy={strategy}"])
+    code, said = run([*command, full, f"--trainer.strategy={strategy}"], FULL=what)
     assert code == 2
     assert said.count("phase-00001.ckpt': No space left on device. Make room") == 2  # of either process
     assert "Traceback" not in said

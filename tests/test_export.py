@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -170,7 +172,7 @@ def test_a_run_with_adapters_is_saved_exported_and_evaluated(
         (["export", str(run), str(tmp_path / "merged")], "merged' is not empty"),
         (["export", str(tmp_path / "nowhere"), str(tmp_path / "y")], "nowhere' is neither a checkpoint"),
         (["export", str(run / "pretrained"), str(tmp_path / "y2")], "pretrained' is neither a checkpoint"),
-        (["export", str(run), str(tmp_path / "merged" / "config.json" / "y")], "OUT: cannot make the folder"),
+        (["export", str(run), str(tmp_path / "merged" / "config.json" / "y")], "OUT: cannot write"),
         (["export", str(run), str(tmp_path / "y"), f"--model={tmp_path}"], "say where it lies now with --model"),
         ([*command, "--model.lora={r: 8}", f"--run_dir={tmp_path / 'z'}", f"--ckpt_path={run}"], "run with model.lora"),
     ):
@@ -178,7 +180,27 @@ def test_a_run_with_adapters_is_saved_exported_and_evaluated(
             main(wrong)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
-    assert not (tmp_path / "y2").exists()  # the checkpoint is looked at first
+    for nothing in ("y", "y2"):
+        assert not (tmp_path / nothing).exists()
+
+
+def test_an_export_that_fails_leaves_nothing(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    main([*command, f"--run_dir={tmp_path / 'run'}"])
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+        with pytest.raises(SystemExit) as stop:
+            main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert re.search(r"OUT: cannot write '.*out': .*No space left on device. Make room", capsys.readouterr().err)
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out").mkdir()
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +223,7 @@ def test_a_model_that_is_another_is_not_written(
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "phase-00001.ckpt"), str(tmp_path / "out"), f"--model={tmp_path / 'other'}"])
     assert re.search(rf"'.*other' is not the model of '.*ckpt', in which policy.\S+ {said}", capsys.readouterr().err)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.vllm

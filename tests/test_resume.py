@@ -16,18 +16,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ENVIRONMENT
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from safetensors.torch import load_file
 
 import lit_grpo.module
+from callbacks import SavePretrained
 from callbacks.checkpoints import Checkpoints, PlainCheckpointIO, checkpoints_in, damage, latest_whole, number, remove
+from callbacks.learning_curve import read_metrics
 from lit_grpo.__main__ import main
+from lit_grpo.csv_log import CSVLog
 from lit_grpo.engines import HFEngine
 from lit_grpo.module import PolicyModule
 
@@ -117,12 +123,12 @@ def test_stopped_anywhere_it_goes_on_as_if_not(loss: str, hook: str, command: li
     assert same(tmp_path / "whole", tmp_path / "halved")
 
 
-def begun(command: list[str], run: Path) -> subprocess.Popen:
-    """The run as a process, from its first checkpoint on."""
+def begun(command: list[str], run: Path, wait: bool = True) -> subprocess.Popen:
+    """The run as a process, from its first checkpoint on if ``wait``."""
     arguments = [sys.executable, "-m", "lit_grpo", *command, f"--run_dir={run}", "--ckpt_path=last"]
     with open(run.with_suffix(".log"), "a") as log:
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
-    while process.poll() is None and not list(run.glob("checkpoints/*.ckpt")):
+    while wait and process.poll() is None and not list(run.glob("checkpoints/*.ckpt")):
         time.sleep(0.01)
     return process
 
@@ -134,11 +140,14 @@ def kills(points: int, losses: list[str], command: list[str], tmp_path: Path) ->
         loss = losses[i % len(losses)]
         arguments, whole, run = [*command, f"--model.loss={loss}"], tmp_path / loss, tmp_path / f"run-{i}"
         if loss not in spans:
-            process, start = begun(arguments, whole), time.perf_counter()
+            start = time.perf_counter()
+            process = begun(arguments, whole)
+            first = time.perf_counter()
             assert process.wait(timeout=300) == 0
-            spans[loss] = time.perf_counter() - start
-        process = begun(arguments, run)
-        time.sleep(draw.uniform(0, spans[loss]))
+            spans[loss] = (first - start, time.perf_counter() - first)
+        early = i % 4 == 3  # while it loads, validates, or is in its first phase
+        process = begun(arguments, run, wait=not early)
+        time.sleep(draw.uniform(0, spans[loss][not early]))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with those that it started
         killed += process.wait() == -signal.SIGKILL
@@ -233,11 +242,17 @@ class TestCheckpoints:
         stop = "{class_path: test_resume.StopAt, init_args: {hook: on_train_batch_end, phase: 2}}"
         with pytest.raises(RuntimeError, match="stopped here"), caplog.at_level("INFO"):
             main([*command, earlier, f"--run_dir={run}", "--data.val=null", f"--trainer.callbacks+={stop}"])
-        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-            "phase-00002.ckpt",
-            "phase-00003-aside.ckpt",
-        ]
+        there = lambda: sorted(path.name for path in (run / "checkpoints").iterdir())  # noqa: E731
+        assert there() == ["phase-00002.ckpt", "phase-00003-aside-1.ckpt"]
         assert any("phase-00002.ckpt is kept" in record.getMessage() for record in caplog.records)
+        main([*command, earlier, f"--run_dir={run}", "--data.val=null", "--trainer.max_epochs=3"])
+        first = (run / "checkpoints" / "phase-00003-aside-1.ckpt").read_bytes()
+        stop = "{class_path: test_resume.StopAt, init_args: {hook: on_train_batch_end, phase: 3}}"
+        aside = f"--ckpt_path={run / 'checkpoints' / 'phase-00003-aside-1.ckpt'}"  # whose place another has
+        with pytest.raises(RuntimeError, match="stopped here"):
+            main([*command, aside, f"--run_dir={run}", "--data.val=null", f"--trainer.callbacks+={stop}"])
+        assert there() == ["phase-00002.ckpt", "phase-00003-aside-1.ckpt", "phase-00003-aside-2.ckpt"]
+        assert (run / "checkpoints" / "phase-00003-aside-1.ckpt").read_bytes() == first
 
     def test_if_none_can_be_read_nothing_begins(
         self, run: Path, command: list[str], capsys: pytest.CaptureFixture[str]
@@ -313,6 +328,23 @@ class TestCheckpoints:
         main([*command, "--trainer.max_epochs=1", f"--run_dir={tmp_path / 'run'}", "--data.val=null"])
         assert (tmp_path / "run" / "checkpoints" / "phase-00001.ckpt").exists()
 
+    def test_one_that_could_not_be_read_again_is_not_written(
+        self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, f"--run_dir={tmp_path / 'run'}", "--trainer.callbacks+=test_resume.Strange"])
+        assert re.search(
+            r"could not be loaded again with weights_only=True: .*states of .*Strange", capsys.readouterr().err
+        )
+        assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+    def test_what_is_kept_is_said_also_where_data_are_not_found(
+        self, run: Path, command: list[str], caplog: pytest.LogCaptureFixture
+    ):
+        with pytest.raises(SystemExit), caplog.at_level("INFO"):
+            main([*command, f"--run_dir={run}", "--ckpt_path=last", "--data.train.path=nowhere.jsonl"])
+        assert any("phase-00003.ckpt is kept. To go on," in record.getMessage() for record in caplog.records)
+
     def test_settings_out_of_range(self):
         from lit_grpo.errors import UserError
 
@@ -360,6 +392,93 @@ class TestFlagsHold:
         assert "model.lr_scheduler: the run that the checkpoint is of had another schedule (total_iters)" in (
             capsys.readouterr().err
         )
+
+
+class Strange(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": np.float64(1.0)}
+
+
+class NothingGetsBetter(EarlyStopping):
+    def __init__(self, patience: int) -> None:
+        super().__init__("train/grad_norm", patience=patience, min_delta=1e9, check_on_train_epoch_end=True)
+
+
+def test_a_callback_s_settings_hold(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Lightning's own would go on with those of its state."""
+    command = [*command, f"--run_dir={tmp_path}", "--data.val=null", "--ckpt_path=last"]
+    early = "--trainer.callbacks+={{class_path: test_resume.NothingGetsBetter, init_args: {{patience: {}}}}}"
+    main([*command, early.format(3), "--trainer.max_epochs=2"])
+    with caplog.at_level("INFO"):
+        main([*command, early.format(50)])
+    assert (tmp_path / "checkpoints" / "phase-00006.ckpt").exists()
+    assert any("NothingGetsBetter: patience was 3, and is 50" in record.getMessage() for record in caplog.records)
+
+
+def test_a_folder_below_home(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for epochs in (1, 2):
+        main([*command, "--run_dir=~/run", "--ckpt_path=last", "--data.val=null", f"--trainer.max_epochs={epochs}"])
+    assert (tmp_path / "run" / "checkpoints" / "phase-00002.ckpt").exists()
+
+
+def test_last_is_of_a_run(command: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([*command, "--ckpt_path=last"])
+    assert "ckpt_path: last is the latest of a run; say of which with --run_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", ["the same command", "last"])
+def test_a_run_that_began_from_another_does_so_again(again: str, command: list[str], tmp_path: Path):
+    """Where it was ended before it had a checkpoint of its own."""
+    command = [*command, "--data.val=null"]
+    main([*command, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'first'}"])
+    second = [*command, f"--run_dir={tmp_path / 'second'}", "--trainer.max_epochs=3"]
+    begin, stop = (
+        f"--ckpt_path={tmp_path / 'first'}",
+        "{class_path: test_resume.StopAt, init_args: {hook: on_train_batch_end, phase: 2}}",
+    )
+    with pytest.raises(RuntimeError, match="stopped here"):
+        main([*second, begin, f"--trainer.callbacks+={stop}"])
+    main([*second, begin if again == "the same command" else "--ckpt_path=last"])
+    assert sorted(path.name for path in (tmp_path / "second" / "samples").iterdir()) == ["train-00002.jsonl"]
+    assert (tmp_path / "second" / "checkpoints" / "phase-00003.ckpt").exists()
+    assert yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["ckpt_path"].endswith("phase-00002.ckpt")
+
+
+def test_a_full_disk_is_named_wherever_it_is(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train-00001.jsonl")
+
+    monkeypatch.setattr("callbacks.SampleTable.on_train_epoch_start", full)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null"])
+    assert stop.value.code == 2
+    assert "No space left on device: 'train-00001.jsonl' Make room. Checkpoints" in capsys.readouterr().err
+
+
+def test_the_log_is_whole_also_where_a_column_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log = CSVLog(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+    log.log_metrics({"a": 1.0}, step=1)
+    before = (tmp_path / "metrics.csv").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr("csv.DictWriter.writerows", lambda *_: 1 / 0)  # where a kill would come
+        with pytest.raises(ZeroDivisionError):
+            log.log_metrics({"b": 2.0}, step=2)
+    assert (tmp_path / "metrics.csv").read_text() == before
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("2.0,2\n3.2e-")
+    assert read_metrics(tmp_path) == [{"a": 1.0, "step": 1.0}, {"a": 2.0, "step": 2.0}]
+
+
+def test_only_the_first_process_touches_the_model_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "pretrained.unfinished").mkdir()
+    monkeypatch.setattr("callbacks.save_pretrained.save_pretrained", lambda *_, **__: None)
+    trainer = SimpleNamespace(callbacks=[], default_root_dir=tmp_path, is_global_zero=False)
+    SavePretrained().on_train_end(trainer, SimpleNamespace(policy=None, tokenizer=None))
+    assert (tmp_path / "pretrained.unfinished").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):

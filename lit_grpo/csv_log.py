@@ -1,0 +1,37 @@
+"""Metrics as a table that a kill leaves whole."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from lit_grpo.files import whole
+
+
+class Writer(ExperimentWriter):
+    """Writes the table with a new column beside the old one, in whose place it comes when it is there."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        with whole(path) as unfinished, open(unfinished, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class CSVLog(CSVLogger):
+    """Lightning's logger, but for the moment in which there is a new column."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        self._experiment: ExperimentWriter | None
+        if self._experiment is None:
+            self._experiment = Writer(self.log_dir)
+        return self._experiment
