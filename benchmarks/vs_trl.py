@@ -87,8 +87,8 @@ class Coin:
         return [float(zlib.crc32(text.encode()) % 10_000 < self.rate * 10_000) for text in texts]
 
 
-def make_task(folder: Path, work: Work) -> None:
-    """A random model, a tokenizer whose tokens are single letters, and 1,024 prompts of 8 to 24 of them."""
+def make_task(folder: Path, work: Work, prompts: int = 1024) -> None:
+    """A random model, a tokenizer whose tokens are single letters, and prompts of 8 to 24 of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -109,7 +109,7 @@ def make_task(folder: Path, work: Work) -> None:
     special = {"eos_token": f"<{ends[0]}>", "pad_token": "<5>", "unk_token": "<4>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     draw = random.Random(0)
-    rows = [{"prompt": "".join(draw.choices(letters, k=8 + i % 17)), "answer": "x"} for i in range(1024)]
+    rows = [{"prompt": "".join(draw.choices(letters, k=8 + i % 17)), "answer": "x"} for i in range(prompts)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -24,21 +24,11 @@ from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
 from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import Scores
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
+from lit_grpo.settings import keep_to, settings_of
 from lit_grpo.sharding import grad_norm, shares_out, to_cpu
 
 MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
-
-
-def plain(value: Any) -> Any:
-    """Of settings, what is numbers, text or nothing, in lists and dictionaries; of others in a list, their kind."""
-    simple = (bool, int, float, str, type(None))
-    if isinstance(value, Mapping):
-        kept = {key: x for key, x in value.items() if isinstance(x, (*simple, list, tuple, Mapping))}
-        return {key: plain(x) for key, x in kept.items() if key not in ("params", "base_lrs", "_last_lr")}
-    if isinstance(value, list | tuple):
-        return [plain(x) for x in value]
-    return value if isinstance(value, simple) else type(value).__name__
 
 
 class PolicyModule(L.LightningModule):
@@ -190,12 +180,11 @@ class PolicyModule(L.LightningModule):
             optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer: {error}.") from error
-        self.settings = {"class": type(optimizer).__name__, "optimizer": plain(optimizer.param_groups[0])}
-        if self.make_scheduler is None:
+        schedule = None if self.make_scheduler is None else self.make_scheduler(optimizer)
+        self.settings = settings_of(optimizer, schedule)
+        if schedule is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
-        self.settings["lr_scheduler"] = plain(scheduler.state_dict())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.policy is not None
@@ -357,7 +346,8 @@ class PolicyModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         if self.settings_before is not None:
-            self.keep_to_settings(self.settings_before)
+            optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+            keep_to(self.settings, self.settings_before, optimizer, schedule)
         if self.offload_reference:
             assert isinstance(self.reference, Policy)
             to_cpu(self.reference)
@@ -471,36 +461,6 @@ class PolicyModule(L.LightningModule):
                 f" {now['model']!r}. That is right only if it is the same model in another place."
             )
         self.settings_before, self.skipped_in_a_row = then["settings"], then["skipped_in_a_row"]
-
-    def keep_to_settings(self, before: dict[str, Any]) -> None:
-        """Have the optimizer go on with this run's settings, where those of the checkpoint were others.
-
-        Raises:
-            UserError: if those of the schedule were, or it is another optimizer.
-        """
-        if before["class"] != self.settings["class"]:
-            raise UserError(
-                f"model.optimizer: the run that the checkpoint is of had {before['class']}, whose state says nothing to"
-                f" {self.settings['class']}. Leave it as it was, or begin a run from what `lit-grpo export` writes."
-            )
-        old, new = before.get("lr_scheduler"), self.settings.get("lr_scheduler")
-        if old != new:
-            keys = [key for key in (old or {}) | (new or {}) if (old or {}).get(key) != (new or {}).get(key)]
-            raise UserError(
-                f"model.lr_scheduler: the run that the checkpoint is of had another schedule ({', '.join(keys)}), and"
-                " none can be changed halfway. Leave it as it was, or begin a run from what `lit-grpo export` writes."
-            )
-        old, new = before["optimizer"], self.settings["optimizer"]
-        for key in (key for key in new if key in old and new[key] != old[key]):
-            rank_zero_info(f"model.optimizer: {key} was {old[key]}, and is {new[key]} from here on")
-            for group in self.optimizers(use_pl_optimizer=False).param_groups:
-                if key == "lr" and self.make_scheduler is not None:
-                    group["lr"], group["initial_lr"] = group["lr"] * new["lr"] / old["lr"], new["lr"]
-                else:
-                    group[key] = new[key]
-            schedule = self.lr_schedulers()
-            if key == "lr" and hasattr(schedule, "base_lrs"):
-                schedule.base_lrs = [new["lr"]] * len(schedule.base_lrs)
 
     def changes(self, name: str) -> bool:
         """Whether training changes what has this name in a state dict."""
