@@ -1,7 +1,7 @@
 # make quickstart    train a small policy with 2-GRPO, from nothing, in a few minutes
 # make test          all tests
 # make test-long     those that take minutes each
-# make bench         the benchmarks that compare with TRL, an hour or so
+# make bench         the benchmarks of docs/performance.md, two hours or so
 # make lint          ruff and mypy
 # Each creates .venv when it is missing and installs what it needs. PYTHON=python3.12 make ... chooses the interpreter.
 
@@ -33,8 +33,10 @@ test-long: $(VENV)/.dev
 	$(BIN)/pytest -m long
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/vs_trl.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/breakdown.py
+	$(BIN)/python benchmarks/techniques.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import yaml  # type: ignore[import-untyped]
+import yaml
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback

@@ -21,11 +21,11 @@ from lit_grpo.distributed import data_rank
 from lit_grpo.errors import UserError
 from lit_grpo.lora import LoRA, adapters_off
 from lit_grpo.losses import Loss, LossInputs, LossOutput, TwoGRPO, diagnostics
-from lit_grpo.losses.base import Metrics
 from lit_grpo.metrics import Scores
 from lit_grpo.policy import Policy, load_config, load_policy, load_reference, load_tokenizer, stop_token_ids
 from lit_grpo.settings import keep_to, settings_of
 from lit_grpo.sharding import grad_norm, shares_out, to_cpu
+from lit_grpo.tally import Tally
 
 MOST_SKIPPED = 5
 """Updates in a row whose gradient is not finite."""
@@ -96,6 +96,7 @@ class PolicyModule(L.LightningModule):
         self.kl_baseline: Tensor | None = None
         self.skipped_in_a_row = 0
         self.grad_norm: Tensor | None = None
+        self.tally = Tally()
         self.seconds_scoring = 0.0
         """Taken by log-probs without gradient since a callback set it to 0."""
         self.settings: dict[str, Any] = {}
@@ -230,33 +231,25 @@ class PolicyModule(L.LightningModule):
                 f"model.loss: {type(self.loss).__name__}.forward returned a loss of shape {list(output.loss.shape)},"
                 " expected a scalar; see aggregate in lit_grpo.losses."
             )
-        self.log_metrics({"loss": output.loss.detach(), **diagnostics(inputs), **output.metrics})
+        self.tally.add({"loss": output.loss.detach(), **diagnostics(inputs), **output.metrics})
         # The loss is divided by the whole step's counts already: undo what Lightning and the strategy divide by.
         return output.loss * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
 
-    def log_metrics(self, metrics: Metrics) -> None:
-        """Log a micro-batch's metrics, each in the way that ``LossOutput.metrics`` states."""
-        updates = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.is_last_batch:
+            self.log_tally()
+
+    def on_train_epoch_end(self) -> None:
+        self.log_tally()  # of an epoch that was cut short
+
+    def log_tally(self) -> None:
+        """Log what the micro-batches since the last time add up to."""
+        reduce = self.trainer.strategy.reduce
         same_data = self.trainer.world_size // data_rank(self.trainer)[1]
-        for name, value in metrics.items():
-            reduce_fx, count = "mean", torch.ones(())
-            if isinstance(value, tuple):
-                count = value[1].to(value[0].dtype)  # ranks would cut the mean of whole numbers off
-                value = value[0] / count.clamp(min=1)
-            elif name.startswith("loss"):
-                # Shares add up over a step's micro-batches and ranks; the epoch's value is the mean over its steps.
-                reduce_fx, value = "sum", value / updates / same_data
-            elif name.endswith(("_min", "_max")):
-                reduce_fx = name[-3:]
-            self.log(
-                f"train/{name}",
-                value,
-                on_step=False,
-                on_epoch=True,
-                reduce_fx=reduce_fx,
-                sync_dist=True,
-                batch_size=count,
-            )
+        found = self.tally.summed_up(
+            lambda values, how: reduce(values, reduce_op=how), self.trainer.accumulate_grad_batches / same_data
+        )
+        self.log_dict({f"train/{name}": x for name, x in found.items()}, on_step=False, on_epoch=True, batch_size=1)
 
     def logps_of(self, model: Policy | Callable[..., Any], batch: Batch) -> Tensor:
         """Log-probs of a batch by the policy or the reference, without gradient, in a training step or outside."""

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.initialization import no_init_weights
 
 from lit_grpo.data.types import Completion
 from lit_grpo.engines.base import Deadline, Engine, Sampling
+from lit_grpo.engines.cache import roomy_cache
 
 
 class HFEngine(Engine):
@@ -74,7 +75,7 @@ class HFEngine(Engine):
         tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        cache = roomy_cache(self.model.config)
         rows = torch.arange(count, device=device)  # those that go on
         stay = torch.tensor(of_prompt, device=device)  # by their place in the batch before
         draw, stops = _Draw(sampling, seeds, device), torch.tensor(self.stop_token_ids, device=device)
@@ -104,6 +105,8 @@ class HFEngine(Engine):
                 stay = ended.logical_not().nonzero().flatten()
                 if not len(stay):
                     return
+                holes = ended[: len(stay)].nonzero().flatten()  # which the last ones fill, so that others stay in place
+                stay = torch.arange(len(stay), device=device).index_copy(0, holes, stay[len(stay) - len(holes) :])
                 cache.reorder_cache(stay)
                 rows, token, attention, positions = rows[stay], token[stay], attention[stay], positions[stay]
             tokens, positions = token[:, None], positions + 1

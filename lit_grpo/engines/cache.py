@@ -1,0 +1,60 @@
+"""The keys and values that a generation has computed, with room to write on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """As its base, but a token costs what it writes, not a copy of all before it; nor do rows that leave cost others.
+
+    ``keys`` and ``values``, ``[R, heads, length, D]``, are views of tensors that have room for more tokens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        for name, new in (("keys", key_states), ("values", value_states)):
+            rows, length = len(new), before + new.shape[-2]
+            if name not in self.rooms or self.rooms[name].shape[-2] < length:
+                self.rooms[name] = self.room_like(new, length, getattr(self, name) if before else None)
+            self.rooms[name][:rows, :, before:length] = new
+            setattr(self, name, self.rooms[name][:rows, :, :length])
+        return self.keys, self.values
+
+    def room_like(self, new: Tensor, length: int, held: Tensor | None) -> Tensor:
+        """A tensor for half as many tokens again, in which those held stand first."""
+        room = new.new_empty(len(new), new.shape[1], length + length // 2 + 16, new.shape[-1])
+        if held is not None:
+            room[:, :, : held.shape[-2]] = held
+        return room
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was. Of fewer rows, those that stay where they are are not touched."""
+        rows, length = len(beam_idx), self.get_seq_length()
+        moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero().flatten()
+        for name in ("keys", "values"):
+            held: Tensor = getattr(self, name)
+            if rows > len(held):
+                selected = held[beam_idx]
+                self.rooms[name] = self.room_like(selected, length, selected)
+            else:
+                held[moved] = held[beam_idx[moved]]
+            setattr(self, name, self.rooms[name][:rows, :, :length])
+
+
+def roomy_cache(config: Any) -> DynamicCache:
+    """A cache for a model, whose layers of plain attention have room; those of other kinds are its own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
