@@ -148,13 +148,13 @@ def test_rows_are_named_by_their_ids(command: list[str], benchmarks: Path, tmp_p
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Prompts that an engine gets in this process."""
     prompts: list[str] = []
-    sample = PromptData.sample
+    drawing = PromptData.drawing
 
     def watched(self: PromptData, *arguments: Any, **options: Any) -> Any:
         prompts.extend(prompt.text for prompt in arguments[4].values())
-        return sample(self, *arguments, **options)
+        return drawing(self, *arguments, **options)
 
-    monkeypatch.setattr(PromptData, "sample", watched)
+    monkeypatch.setattr(PromptData, "drawing", watched)
     return prompts
 
 
@@ -414,14 +414,14 @@ def test_vllm_evaluates_too(command: list[str], tmp_path: Path):
 def test_an_interrupted_evaluation_says_how_to_go_on(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    sample = PromptData.sample
+    drawing = PromptData.drawing
 
     def interrupted(self: PromptData, *arguments: Any, **options: Any) -> Any:
         if "-" in next(iter(arguments[4].values())).text:  # the last benchmark
             raise KeyboardInterrupt
-        return sample(self, *arguments, **options)
+        return drawing(self, *arguments, **options)
 
-    monkeypatch.setattr(PromptData, "sample", interrupted)
+    monkeypatch.setattr(PromptData, "drawing", interrupted)
     with pytest.raises(BaseException):  # noqa: B017, PT011
         main([*command, f"--run_dir={tmp_path}"])
     assert f"To go on, repeat the command with --run_dir {tmp_path}" in caplog.text

@@ -71,8 +71,8 @@ def test_the_same_again_and_another_in_the_next_phase(model: str, many_prompts: 
 
 def test_reward_is_that_of_the_first_draw(model: str, many_prompts: str):
     """Groups kept for their difference have a mean reward of one half, whatever the policy is worth."""
-    plain = collected(model, many_prompts, 1, resample_ties=False)[0]
-    data = collected(model, many_prompts, 1)[0]
+    plain = collected(model, many_prompts, 2, resample_ties=False)[0]
+    data = collected(model, many_prompts, 2)[0]
     assert data.stats["reward"] == plain.stats["reward"] != 0.5
 
 

@@ -171,7 +171,6 @@ def collate(
         total_rows,
         total_tokens,
         logps([row.completion.ref_logps for row in rows]),
-        places=mask.flatten().nonzero().squeeze(-1),
     )
 
 

@@ -128,12 +128,12 @@ class Batch:
     old_logps: Tensor | None = None
     """[N, T - 1] float, 0 outside the mask: of the old policy, where the trainer computed them itself."""
 
-    places: Tensor | None = None
-    """[n] int64: where the mask, flattened, is True, so that nobody has to wait for a GPU to say so."""
-
     mismatched: list[Batch] | None = None
     """On the first micro-batch of a step, where the loss wants ``kl_baseline``: prompts of the step with completions of
     other prompts."""
+
+    places: Tensor | None = field(default=None, init=False)
+    """[n] int64: where the mask, flattened, is True; found when a batch is moved, while no GPU has to be waited for."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device; Lightning calls this."""
@@ -142,8 +142,11 @@ class Batch:
             return x.to(device, non_blocking=non_blocking)
 
         tensors: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(
+        places = tensors.pop("places", None)
+        moved = replace(
             self,
             **tensors,
             mismatched=self.mismatched and [batch.to(device, non_blocking) for batch in self.mismatched],
         )
+        moved.places = move(self.mask.flatten().nonzero().squeeze(-1)) if places is None else places
+        return moved
