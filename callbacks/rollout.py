@@ -74,6 +74,8 @@ class Rollout(L.Callback, ABC):
                 f" {others.total_seconds():g} s after which processes give up waiting for each other"
                 " (trainer.strategy.init_args.timeout). Lower one or raise the other."
             )
+        if self.one_phase_ahead and not isinstance(data, RolloutData):
+            raise UserError("rollout.init_args.one_phase_ahead: there are no rollouts to draw. Leave it out.")
         if self.one_phase_ahead and pl_module.old_policy == "trainer":
             raise UserError(
                 "rollout.init_args.one_phase_ahead: the policy has moved on when it trains, so the ratio must be to the"
@@ -83,8 +85,6 @@ class Rollout(L.Callback, ABC):
 
     def sync(self, trainer: L.Trainer, pl_module: Any, canary: bool) -> tuple[Engine, dict[str, float]]:
         """The engine, on the policy's current weights; with ``canary``, proven to be."""
-        if isinstance(data := trainer.datamodule, RolloutData):
-            data.wait()
         start = time.perf_counter()
         if first := self.engine is None:
             self.engine = self.make_engine(pl_module, self.context)
@@ -135,11 +135,12 @@ class Rollout(L.Callback, ABC):
         data = trainer.datamodule
         stats: dict[str, float] = {}
         if isinstance(data, RolloutData):
-            phase = trainer.current_epoch
+            phase, waited = trainer.current_epoch, data.wait()
             engine, stats = self.sync(trainer, pl_module, canary=self.one_phase_ahead)
             if self.one_phase_ahead:
                 stats["staleness"] = float(data.updates_per_phase if data.ahead else 0)
             data.collect(engine, self.sampling, phase)
+            data.stats["seconds_generate"] += waited
             if not self.one_phase_ahead:
                 engine.sleep()
             elif phase + 1 != trainer.max_epochs:
@@ -165,6 +166,8 @@ class Rollout(L.Callback, ABC):
 
     def begin(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give the data module the engine, which answers held-out prompts with the same seeds every time."""
+        if isinstance(data := trainer.datamodule, RolloutData):
+            data.wait()  # for rollouts that are being drawn ahead
         engine, _ = self.sync(trainer, pl_module, canary=True)
         trainer.datamodule.begin(engine, self.evaluation)
 
@@ -224,7 +227,7 @@ class HFRollout(Rollout):
         self.max_batch_size = max_batch_size
 
     def make_engine(self, module: Any, context: int) -> Engine:
-        return HFEngine(module.policy.lm.config, module.stop_token_ids, context, self.max_batch_size, self.timeout)
+        return HFEngine(module.config, module.stop_token_ids, context, self.max_batch_size, self.timeout)
 
 
 class VLLMRollout(Rollout):

@@ -196,7 +196,7 @@ class PolicyModule(L.LightningModule):
             ref_logps = self.logps_of(self.reference, batch)
         entropy_wanted = self.loss.needs_entropy or self.log_entropy
         logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted, batch.places)
-        if self.unproven:
+        if self.unproven and len(batch.tokens) > 1:  # a single row is packed rightly whatever the attention
             self.compare_with_plain(logps.detach(), batch)
         if batch_idx == 0 and batch.sampler_logps is not None:
             mismatch = self.check_mismatch(logps.detach(), batch)
@@ -338,6 +338,7 @@ class PolicyModule(L.LightningModule):
             to_cpu(self.reference)
 
     def on_train_start(self) -> None:
+        self.tally = Tally()
         if self.settings_before is not None:
             optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
             keep_to(self.settings, self.settings_before, optimizer, schedule)

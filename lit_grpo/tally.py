@@ -17,27 +17,32 @@ class Tally:
     >>> for total, count in ((3.0, 2), (5.0, 2)):
     ...     tally.add({"kl": (torch.tensor(total), torch.tensor(count)), "loss": torch.tensor(total)})
     >>> {name: value.item() for name, value in tally.summed_up(lambda values, how: values, accumulated=1).items()}
-    {'kl': 2.0, 'loss': 4.0}
+    {'loss': 4.0, 'kl': 2.0}
     """
 
     def __init__(self) -> None:
         self.micro_batches = 0
         self.sums: dict[str, Tensor] = {}
-        """[2] sum and count; of shares of the loss, their sum."""
+        """[2] sum and count."""
+        self.shares: dict[str, Tensor] = {}
+        """Of the loss."""
         self.extremes: dict[str, Tensor] = {}
 
     def add(self, metrics: Metrics) -> None:
         """Add those of a micro-batch."""
         self.micro_batches += 1
         for name, value in metrics.items():
-            if not isinstance(value, tuple) and name.endswith(("_min", "_max")):
+            if isinstance(value, tuple) or (not name.startswith(("loss",)) and not name.endswith(("_min", "_max"))):
+                total, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+                kind = torch.promote_types(total.dtype, torch.float32)
+                pair = torch.stack([total.detach().to(kind), count.to(kind)])
+                self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+            elif name.startswith("loss"):
+                self.shares[name] = self.shares[name] + value.detach() if name in self.shares else value.detach()
+            else:
                 furthest = torch.minimum if name.endswith("_min") else torch.maximum
+                value = value.detach()
                 self.extremes[name] = furthest(value, self.extremes[name]) if name in self.extremes else value
-                continue
-            total, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
-            kind = torch.promote_types(total.dtype, torch.float32)
-            pair = torch.stack([total.to(kind), count.to(kind)])
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def summed_up(self, reduce: Callable[[Tensor, str], Tensor], accumulated: float) -> dict[str, Tensor]:
         """The phase's metrics, over all processes; the next phase begins with none.
@@ -47,14 +52,15 @@ class Tally:
             accumulated: micro-batches of an update, whose shares of the loss add up.
         """
         found: dict[str, Tensor] = {}
-        each = accumulated / max(1, self.micro_batches)
+        if self.shares:
+            of_update = reduce(torch.stack(list(self.shares.values())), "sum") * accumulated / self.micro_batches
+            found |= zip(self.shares, of_update, strict=True)
         if self.sums:
             pairs = reduce(torch.stack(list(self.sums.values())), "sum")
-            for name, (total, count) in zip(self.sums, pairs, strict=True):
-                found[name] = total * each if name.startswith("loss") else total / count.clamp(min=1)
+            found |= {name: total / count.clamp(min=1) for name, (total, count) in zip(self.sums, pairs, strict=True)}
         for how in ("min", "max"):
             names = [name for name in self.extremes if name.endswith(how)]
             if names:
                 found |= zip(names, reduce(torch.stack([self.extremes[name] for name in names]), how), strict=True)
-        self.micro_batches, self.sums, self.extremes = 0, {}, {}
+        self.micro_batches, self.sums, self.shares, self.extremes = 0, {}, {}, {}
         return found

@@ -18,10 +18,12 @@ import torch
 from packaging.specifiers import SpecifierSet
 from test_weights import with_adapters
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from callbacks import VLLMRollout
 from lit_grpo.data.types import Completion
 from lit_grpo.engines import Deadline, Engine, HFEngine, Sampling, VLLMEngine, full_weights
+from lit_grpo.engines.cache import RoomyLayer
 from lit_grpo.engines.vllm_engine import SUPPORTED, _completion, ranks_in_environment
 from lit_grpo.errors import UserError
 from lit_grpo.policy import Policy, load_config, load_policy, load_tokenizer, stop_token_ids
@@ -278,6 +280,7 @@ def test_a_generation_that_does_not_come_back_is_given_up(engine: Engine, monkey
 def test_a_call_that_never_returns_ends_the_process(model: str):
     script = f"""
 import time
+from lit_grpo.engines.cache import RoomyLayer
 from lit_grpo.engines import Deadline, HFEngine, Sampling
 from lit_grpo.policy import load_config
 Deadline.grace = 0.1
@@ -475,3 +478,24 @@ def test_vllm_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, mode
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"VLLMRollout needs vLLM.*pip install -e '.\[vllm\]'.*HFRollout"):
         VLLMEngine(model, [1], context=64)
+
+
+def test_the_cache_of_hf_engine_writes_in_place(model: str, policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    """What transformers' own holds after any updates and changes of rows, without a copy for every token."""
+    plain, roomy = DynamicLayer(), RoomyLayer()
+    g, rows, places = torch.Generator().manual_seed(0), 3, set()
+    for length, kept in [(4, [0, 0, 1, 2, 2]), (1, [0, 4, 2]), (1, [2, 1]), (1, [1, 0]), (30, [0]), (1, [0])]:
+        new = [torch.randn(rows, 2, length, 8, generator=g) for _ in range(2)]
+        for ours, theirs in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(ours, theirs)
+        for layer in (roomy, plain):
+            layer.reorder_cache(torch.tensor(kept))
+        assert torch.equal(roomy.keys, plain.keys)
+        assert torch.equal(roomy.values, plain.values)
+        rows = len(kept)
+        places.add(roomy.keys.untyped_storage().data_ptr())
+    assert len(places) <= 3  # made, made for more rows, made for 30 tokens
+    monkeypatch.setattr(DynamicLayer, "update", lambda *_: pytest.fail("a cache that copies"))
+    engine = HFEngine(load_config(model), [1], context=64)
+    engine.load_weights(full_weights(policy.lm))
+    assert len(engine.generate(PROMPTS, 2, Sampling(max_tokens=4), [1, 2, 3])) == 3

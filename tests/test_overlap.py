@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+import csv
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from test_invariance import ScriptedEngine, ScriptedRollout, even_first_digit
 from callbacks import HFRollout, VLLMRollout
 from callbacks.rollout import Rollout
 from lit_grpo.__main__ import main
-from lit_grpo.data import RolloutData, Sample, Source
+from lit_grpo.data import PromptData, RolloutData, Sample, Source
 from lit_grpo.data.prompts import Prompt
 from lit_grpo.data.scoring import SCORED_AT_ONCE, Scoring
 from lit_grpo.data.types import Completion
@@ -35,28 +37,31 @@ class TestRewards:
     def test_which_may_be_called_beside_the_engine(self):
         assert overlaps(MathReward())
         assert overlaps(judged_elsewhere)
-        assert overlaps(RewardSum({"a": MathReward(), "b": judged_elsewhere}))
+        assert overlaps(RewardSum({"a": MathReward(), "b": MathReward(timeout=1.0)}))
         assert not overlaps(exact_match)  # it may need the main thread, for all we know
         assert not overlaps(RewardSum({"a": MathReward(), "b": exact_match}))
 
-    def scoring(self, prompts: int, score: Any, beside: bool) -> Scoring:
+    def scoring(self, prompts: int, reward: Any) -> Scoring:
         asked = [Prompt(f"{i}", [i], str(i)) for i in range(prompts)]
-        return Scoring(asked, 2, lambda ids: [str(one) for one in ids], score, beside)
+        return Scoring(asked, 2, lambda ids: [str(one) for one in ids], reward)
 
     def test_parts_are_cut_by_number_and_put_back_in_order(self):
         """Never by the time that something takes, so that a run repeats itself."""
         called: list[tuple[str, int]] = []
 
-        def score(samples: list[Sample]) -> None:
-            called.append((threading.current_thread().name, len(samples)))
-            for sample in samples:
-                sample.reward = float(sample.answer)
+        class Reward:
+            def __init__(self, overlaps: bool) -> None:
+                self.overlaps = overlaps
+
+            def __call__(self, samples: list[Sample]) -> list[float]:
+                called.append((threading.current_thread().name, len(samples)))
+                return [float(sample.answer) for sample in samples]
 
         prompts = SCORED_AT_ONCE + 10
         order = torch.randperm(prompts, generator=torch.Generator().manual_seed(0)).tolist()
         found = []
         for beside in (True, False):
-            scoring = self.scoring(prompts, score, beside)
+            scoring = self.scoring(prompts, Reward(beside))
             for i in order:
                 scoring.finished(i, [Completion([i, 0]), Completion([i, 1])])
             found.append(scoring.samples())
@@ -66,22 +71,44 @@ class TestRewards:
         main = threading.main_thread().name
         assert [name == main for name, _ in called] == [False, False, False, True]
 
-    def test_what_goes_wrong_there_is_said_here(self):
-        def score(samples: list[Sample]) -> None:
-            raise UserError(f"of {samples[0].prompt}")
+    def test_coroutines_wait_together(self):
+        """Here none comes back before all were called."""
+        called = asyncio.Semaphore(0)
 
-        scoring = self.scoring(3 * SCORED_AT_ONCE, score, beside=True)
+        async def judge(samples: list[Sample]) -> list[float]:
+            called.release()
+            while called._value < 4:
+                await asyncio.sleep(0.001)
+            return [1.0] * len(samples)
+
+        scoring = self.scoring(2 * SCORED_AT_ONCE, judge)
+        for i in range(2 * SCORED_AT_ONCE):
+            scoring.finished(i, [Completion([i]), Completion([i])])
+        assert [sample.reward for sample in scoring.samples()] == [1.0] * 4 * SCORED_AT_ONCE
+
+    def test_what_goes_wrong_there_is_said_here_and_nothing_more_is_called(self):
+        calls = []
+
+        class Fails:
+            overlaps = True
+
+            def __call__(self, samples: list[Sample]) -> list[float]:
+                calls.append(len(samples))
+                raise ValueError("too warm")
+
+        scoring, threads = self.scoring(3 * SCORED_AT_ONCE, Fails()), threading.active_count()
         for i in range(3 * SCORED_AT_ONCE):
             scoring.finished(i, [Completion([i]), Completion([i])])
-        with pytest.raises(UserError, match="of 0"):
+        with pytest.raises(UserError, match=r"Fails raised ValueError: too warm .* on 128 samples"):
             scoring.samples()
+        assert threading.active_count() <= threads + 1  # the one that all share
 
     def test_it_scores_while_the_engine_writes(self, model: str, many_prompts: str, tmp_path: Path):
         """The engine here does not come to its end before the first part is scored."""
         scored = threading.Event()
 
         async def reward(samples: list[Sample]) -> list[float]:
-            if len(samples) == SCORED_AT_ONCE:
+            if len(samples) >= SCORED_AT_ONCE:
                 scored.set()
             return even_first_digit(samples)
 
@@ -102,6 +129,11 @@ class TestRewards:
         assert scored.is_set()
         assert len(data.samples) == 256
         assert [sample.reward for sample in data.samples] == even_first_digit(data.samples)
+
+
+async def slow(samples: list[Sample]) -> list[float]:
+    await asyncio.sleep(0.3)
+    return even_first_digit(samples)
 
 
 class Watch(L.Callback):
@@ -229,6 +261,63 @@ class TestOnePhaseAhead:
             )
         assert events == ["stopped", "stopped", "closed"]
 
+    @pytest.mark.parametrize("resample", [False, True])
+    def test_nobody_disturbs_an_engine_at_work(self, resample: bool, model: str, many_prompts: str, tmp_path: Path):
+        """Neither the next weights, nor the canary, nor validation."""
+
+        class Single(ScriptedEngine):
+            busy = False
+
+            def load_weights(self, weights: Any) -> None:
+                assert not self.busy
+                super().load_weights(weights)
+
+            def _generate(self, *arguments: Any) -> Any:
+                assert not self.busy
+                self.busy = True
+                time.sleep(0.2)
+                yield from super()._generate(*arguments)
+                self.busy = False
+
+        class Rollouts(ScriptedRollout):
+            def make_engine(self, module: Any, context: int) -> Any:
+                return Single(context)
+
+            def canary(self, trainer: Any, pl_module: Any, engine: Any) -> None:
+                engine.generate([[3]], 1, self.sampling, [0])
+
+        module = PolicyModule(model, GRPO(), max_mismatch=100)
+        data = RolloutData(
+            Source(many_prompts),
+            val=Source(many_prompts),
+            reward=even_first_digit,
+            prompts_per_phase=8,
+            resample_ties=resample,
+        )
+        rollout = Rollouts(max_tokens=12, one_phase_ahead=True)
+        quiet_trainer(tmp_path, max_epochs=3, callbacks=[rollout]).fit(module, data)
+
+    def test_its_ledger_adds_up_and_its_rewards_come_ahead(self, model: str, many_prompts: str, tmp_path: Path):
+        """Also where validation waits for the engine: no second is counted twice."""
+        command = [
+            "fit", f"--model.model={model}", "--data=RolloutData", f"--data.train.path={many_prompts}",
+            f"--data.val.path={many_prompts}", "--data.reward=test_overlap.slow", "--data.prompts_per_phase=8",
+            "--rollout.max_tokens=4", "--rollout.one_phase_ahead=true", "--trainer.max_epochs=3",
+            "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=1", f"--run_dir={tmp_path}",
+        ]  # fmt: skip
+        main(command)
+        with open(tmp_path / "metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("train/seconds_other")]
+        assert len(rows) == 3
+        assert all(float(row["train/seconds_other"]) >= 0 for row in rows)
+        rewards = [float(row["train/seconds_reward"]) for row in rows]
+        assert rewards[0] >= 0.3 > max(rewards[1:])
+
+    def test_there_must_be_rollouts(self, model: str, many_prompts: str, tmp_path: Path):
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=4, one_phase_ahead=True)])
+        with pytest.raises(UserError, match="one_phase_ahead: there are no rollouts to draw"):
+            trainer.validate(PolicyModule(model), PromptData(val=Source(many_prompts), reward=even_first_digit))
+
     def test_it_wants_the_ratio_to_the_sampler(self, model: str, many_prompts: str, tmp_path: Path):
         data = RolloutData(Source(many_prompts), reward=even_first_digit)
         trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=4, one_phase_ahead=True)])
@@ -258,5 +347,5 @@ class TestOnePhaseAhead:
         monkeypatch.undo()
         main(command)
         samples = sorted((tmp_path / "run" / "samples").glob("train-*"))
-        assert [json.loads(path.read_text().splitlines()[0])["prompt"] != "" for path in samples] == [True] * 4
+        assert [len(path.read_text().splitlines()) for path in samples] == [16] * 4
         assert (tmp_path / "run" / "checkpoints" / "phase-00004.ckpt").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
+from lit_grpo.data.collate import Row, collate
+from lit_grpo.data.types import Completion
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
+from lit_grpo.logprobs import completion_logps
 from lit_grpo.losses import diagnostics
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy
@@ -126,3 +130,35 @@ def test_no_micro_batch_waits_for_the_device(name: str):
         assert all(p.grad is not None for p in policy.parameters())
         with pytest.raises(DynamicOutputShapeException):  # which shows that it would be noticed
             policy(tokens, tensors["mask"])
+
+
+def test_a_step_is_told_where_its_tokens_are(
+    model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[bool] = []
+
+    def watched(*arguments: Any) -> Any:
+        told.append(arguments[-1] is not None)
+        return completion_logps(*arguments)
+
+    monkeypatch.setattr("lit_grpo.policy.completion_logps", watched)
+    fit(model, many_prompts, tmp_path)
+    assert told == [True] * 4
+    batch = collate([Row([3, 4], Completion([5, 1]), 1.0)], 1, 2)
+    assert batch.to("cpu").places.tolist() == [1, 2]
+    assert replace(batch.to("cpu"), mask=batch.mask).places is None  # never of another mask
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_single_row_proves_nothing(first: bool, model: str, monkeypatch: pytest.MonkeyPatch):
+    module = PolicyModule(model, packing=True)
+    module.policy, module.unproven, module.max_mismatch = load_policy(model), True, 1e-3
+    compared: list[int] = []
+    monkeypatch.setattr(module, "compare_with_plain", lambda logps, batch: compared.append(len(logps)))
+    monkeypatch.setattr(
+        PolicyModule, "trainer", SimpleNamespace(global_step=0, accumulate_grad_batches=1, world_size=1)
+    )
+    monkeypatch.setattr("lit_grpo.module.data_rank", lambda _: (0, 1))
+    rows = [Row([3, 4], Completion([5, 1]), 1.0)] * (1 if first else 2)
+    module.training_step(collate(rows, len(rows), 2, on_policy=True).to("cpu"), 0)
+    assert compared == ([] if first else [2])

@@ -11,22 +11,17 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lit_grpo.data.drawing import Drawing
 from lit_grpo.data.loader import LazyLoader
 from lit_grpo.data.prompts import Prompt, Source, check_vocabulary, load_prompts
-from lit_grpo.data.scoring import Scoring
+from lit_grpo.data.scoring import RewardFn, Scoring, score
 from lit_grpo.data.templates import TEMPLATES
 from lit_grpo.data.types import Answers, Batch, Group, Sample
 from lit_grpo.distributed import data_rank, gather_objects, gather_partners, partners
 from lit_grpo.engines.base import Engine, Sampling, Stopped, never
 from lit_grpo.errors import UserError
-from lit_grpo.rewards import math_reward, overlaps, resolved
-
-RewardFn = Callable[[list[Sample]], Any]
-"""Scores samples: a list of one float each, or a coroutine that returns it. Any importable function, or object with
-``__call__``, may stand in YAML."""
+from lit_grpo.rewards import math_reward
 
 COMPLETIONS_AT_ONCE = 2048
 """Of held-out prompts, each process: many enough for an engine to be busy, and lost when a run is killed."""
@@ -172,7 +167,7 @@ class PromptData(L.LightningDataModule):
         """Call the reward on two gold answers before any model is loaded, so that its mistakes cost nothing."""
         prompts = next(iter(self.prompts.values()), [])[:2]
         samples = [Sample(p.text, p.answer, p.answer, 1, False, p.tolerance, p.messages) for p in prompts]
-        self.score_samples(samples)
+        score(self.reward, samples)
         self.answers_are_read = any(sample.parsed is not None for sample in samples)
         threshold = self.trainer.lightning_module.correct_at
         for sample in samples:
@@ -226,7 +221,7 @@ class PromptData(L.LightningDataModule):
         phase: int,
         prompts: dict[int, Prompt],
         n: int,
-        score: bool = True,
+        scored: bool = True,
         stop: Callable[[], bool] = never,
     ) -> Drawing:
         """This process's share in answering prompts, given by their place in the phase: not yet begun.
@@ -236,8 +231,8 @@ class PromptData(L.LightningDataModule):
         place, count = partners(self.trainer)
         mine = dict(list(prompts.items())[place::count])
         decode = functools.partial(self.trainer.lightning_module.tokenizer.batch_decode, skip_special_tokens=True)
-        score_samples, asked = self.score_samples if score else None, list(mine.values())
-        scoring = Scoring(asked, n, decode, score_samples, beside=overlaps(self.reward))
+        asked = list(mine.values())
+        scoring = Scoring(asked, n, decode, self.reward if scored else None)
         return Drawing(engine, sampling, asked, self.seeds(split, phase, list(mine)), scoring, stop)
 
     def drawn(self, drawing: Drawing, prompts: int) -> tuple[list[Group], dict[str, float]]:
@@ -261,56 +256,6 @@ class PromptData(L.LightningDataModule):
         groups = [parts[i % count][0][i // count] for i in range(prompts)]
         self.samples = [s for i in range(prompts) for s in parts[i % count][1][i // count * n :][:n]]
         return groups, parts[place][2] | {"tokens": float(sum(s.num_tokens for s in self.samples))}
-
-    @property
-    def reward_name(self) -> str:
-        """Of the function or the class."""
-        return str(getattr(self.reward, "__qualname__", type(self.reward).__qualname__))
-
-    def score_samples(self, samples: list[Sample]) -> None:
-        """Fill in the samples' rewards.
-
-        Raises:
-            UserError: if the reward raises, or returns anything but one finite number per sample.
-        """
-        if not samples:
-            return
-        name = self.reward_name
-        try:
-            (scores,) = resolved([self.reward(samples)])
-            rewards = list(scores)
-        except UserError:
-            raise
-        except Exception as error:
-            frame = error.__traceback__
-            while frame and frame.tb_next:
-                frame = frame.tb_next
-            where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
-            raise UserError(
-                f"data.init_args.reward: {name} raised {type(error).__name__}: {error} (at {where}) on {len(samples)}"
-                f" samples; the first is {samples[0]}."
-            ) from error
-        if len(rewards) != len(samples):
-            raise UserError(
-                f"data.init_args.reward: {name} returned {len(rewards)} values for {len(samples)} samples; expected one"
-                " each."
-            )
-        for sample, reward in zip(samples, rewards, strict=True):
-            if isinstance(reward, Tensor | np.generic) and reward.ndim == 0:
-                reward = reward.item()
-            if not isinstance(reward, int | float) or not abs(reward) < 1e30:
-                raise UserError(
-                    f"data.init_args.reward: {name} returned {reward!r}; expected a finite number. The sample:"
-                    f" {sample}."
-                )
-            sample.reward = float(reward)
-            if not isinstance(sample.parsed, str | None) or not all(
-                isinstance(value, int | float) for value in sample.parts.values()
-            ):
-                raise UserError(
-                    f"data.init_args.reward: {name} left {sample}; expected text or None in `parsed`, and numbers"
-                    " in `parts`."
-                )
 
     def sampled_batches(self) -> list[Batch]:
         """Micro-batches of the rollouts that are about to be trained on; none where nobody sampled."""
@@ -350,7 +295,7 @@ class PromptData(L.LightningDataModule):
         split, n, before = key.split("/")[0], self.samples_per_prompt, self.samples
         answers = {place: self.answered[key][place] for place in prompts if place in self.answered.get(key, {})}
         missing = {place: prompt for place, prompt in prompts.items() if place not in answers}
-        self.drawn(self.drawing(*self.engine, split, 0, missing, n, score=split != "predict"), len(missing))
+        self.drawn(self.drawing(*self.engine, split, 0, missing, n, scored=split != "predict"), len(missing))
         answers |= {place: self.samples[i * n : (i + 1) * n] for i, place in enumerate(missing)}
         groups = [answers[place] for place in prompts]
         if split == "val":  # of other splits there may be more than memory holds

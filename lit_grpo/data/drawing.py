@@ -41,12 +41,13 @@ class Drawing:
         self.thread: threading.Thread | None = None
 
     def begin(self, prepare: Callable[[], None]) -> None:
-        """Draw in a thread of its own, which calls ``prepare`` first."""
+        """Draw in a thread of its own, which calls ``prepare`` first; rewards that overlap are scored there too."""
 
         def work() -> None:
             try:
                 prepare()
                 self.generate()
+                self.scoring.flush()
             except BaseException as error:  # for the one who asks for the result
                 self.error = error
 
@@ -63,17 +64,20 @@ class Drawing:
         finally:
             self.engine.stop = never
 
-    def wait(self) -> None:
-        """Return when the engine has nothing left to do."""
+    def wait(self) -> float:
+        """Return when the engine, and rewards beside it, have nothing left to do: how many seconds that took."""
         start = time.perf_counter()
         if self.thread is not None:
             self.thread.join()
-        self.seconds += time.perf_counter() - start
+            self.scoring.wait()
+        return time.perf_counter() - start
 
     def give_up(self) -> None:
-        """Stop the engine; nobody will ask for the result."""
+        """Stop the engine and the rewards; nobody will ask for the result."""
         self.given_up = True
-        self.wait()
+        if self.thread is not None:
+            self.thread.join()
+        self.scoring.give_up()
 
     def result(self) -> tuple[list[Group], list[Sample], dict[str, float]]:
         """The groups, their samples, and ``seconds_generate`` and ``seconds_reward`` that were waited for.
@@ -82,12 +86,16 @@ class Drawing:
             Stopped: if it was given up.
             UserError: what engine or reward complain of.
         """
-        self.wait()
+        self.seconds += self.wait()
         start = time.perf_counter()
-        if self.thread is None:
-            self.generate()
-        if self.error is not None:
-            raise self.error
+        try:
+            if self.thread is None:
+                self.generate()
+            if self.error is not None:
+                raise self.error
+        except BaseException:
+            self.scoring.give_up()
+            raise
         generated, n = time.perf_counter(), self.scoring.n
         samples = self.scoring.samples()
         rewards = [0.0 if sample.reward is None else sample.reward for sample in samples]

@@ -217,10 +217,9 @@ class RolloutData(PromptData):
         drawing.begin(prepare)
         self.ahead = phase, drawing
 
-    def wait(self) -> None:
-        """Return when the engine has nothing left to do."""
-        if self.ahead is not None:
-            self.ahead[1].wait()
+    def wait(self) -> float:
+        """Return when the engine has nothing left to do: how many seconds that took."""
+        return 0.0 if self.ahead is None else self.ahead[1].wait()
 
     def give_up(self) -> None:
         """Let rollouts be that were being drawn ahead."""

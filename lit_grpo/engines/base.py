@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -183,15 +184,16 @@ class Engine(ABC):
         with Deadline(self.timeout, self.stop) as deadline:
             deadline.what = lambda: f"reading prompts, the first {prompts[0]}"
             drawn, copies = (n, 1) if sampling.temperature > 0 else (1, n)
-            for i, completions in self._generate(prompts, drawn, sampling, seeds, deadline):
-                answers[i] = completions * copies
-                finished(i, answers[i])
+            with contextlib.closing(self._generate(prompts, drawn, sampling, seeds, deadline)) as written:
+                for i, completions in written:
+                    answers[i] = completions * copies
+                    finished(i, answers[i])
         return [answers[i] for i in range(len(prompts))]
 
     @abstractmethod
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    ) -> Generator[tuple[int, list[Completion]]]:
         """As ``generate``, for prompts that were checked: the number and the completions of each, once it is done."""
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class HFEngine(Engine):
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    ) -> Generator[tuple[int, list[Completion]]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         rows = [(i, j) for i in order for j in range(n)]
         written: list[dict[int, Completion]] = [{} for _ in prompts]

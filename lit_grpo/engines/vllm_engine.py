@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ class VLLMEngine(Engine):
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int], deadline: Deadline
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    ) -> Generator[tuple[int, list[Completion]]]:
         engine, finished = self.llm.llm_engine, set()
         try:
             with isolate_rng():  # vLLM draws from the process's generators now and then
@@ -139,7 +139,7 @@ class VLLMEngine(Engine):
                         if output.finished:
                             finished.add(int(output.request_id))
                             yield int(output.request_id), [_completion(sample) for sample in output.outputs]
-        except (UserError, Stopped):
+        except (UserError, Stopped, GeneratorExit):
             engine.abort_request([str(i) for i in range(len(prompts)) if i not in finished])
             raise
         except Exception as error:

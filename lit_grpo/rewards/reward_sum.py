@@ -44,8 +44,8 @@ class RewardSum:
 
     @property
     def overlaps(self) -> bool:
-        """Whether all of them may be called while other completions are being written."""
-        return all(map(overlaps, self.rewards.values()))
+        """Whether all of them say that they may be called while other completions are being written."""
+        return all(getattr(reward, "overlaps", False) for reward in self.rewards.values())
 
     def __call__(self, samples: list[Sample]) -> list[float]:
         totals = [0.0] * len(samples)
