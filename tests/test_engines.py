@@ -482,7 +482,7 @@ def test_vllm_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, mode
 
 def test_the_cache_of_hf_engine_writes_in_place(model: str, policy: Policy, monkeypatch: pytest.MonkeyPatch):
     """What transformers' own holds after any updates and changes of rows, without a copy for every token."""
-    plain, roomy = DynamicLayer(), RoomyLayer()
+    plain, roomy = DynamicLayer(), RoomyLayer(most=64)
     g, rows, places = torch.Generator().manual_seed(0), 3, set()
     for length, kept in [(4, [0, 0, 1, 2, 2]), (1, [0, 4, 2]), (1, [2, 1]), (1, [1, 0]), (30, [0]), (1, [0])]:
         new = [torch.randn(rows, 2, length, 8, generator=g) for _ in range(2)]

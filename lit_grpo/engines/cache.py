@@ -14,10 +14,14 @@ class RoomyLayer(DynamicLayer):
     """As its base, but a token costs what it writes, not a copy of all before it; nor do rows that leave cost others.
 
     ``keys`` and ``values``, ``[R, heads, length, D]``, are views of tensors that have room for more tokens.
+
+    Args:
+        most: tokens that a row will ever have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()
+        self.most = most
         self.rooms: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -26,17 +30,20 @@ class RoomyLayer(DynamicLayer):
         before = self.get_seq_length()
         for name, new in (("keys", key_states), ("values", value_states)):
             rows, length = len(new), before + new.shape[-2]
+            if before == 0:  # prompts, which are about to become more rows
+                setattr(self, name, new)
+                continue
             if name not in self.rooms or self.rooms[name].shape[-2] < length:
-                self.rooms[name] = self.room_like(new, length, getattr(self, name) if before else None)
+                self.rooms[name] = self.room_for(getattr(self, name), length)
             self.rooms[name][:rows, :, before:length] = new
             setattr(self, name, self.rooms[name][:rows, :, :length])
         return self.keys, self.values
 
-    def room_like(self, new: Tensor, length: int, held: Tensor | None) -> Tensor:
-        """A tensor for half as many tokens again, in which those held stand first."""
-        room = new.new_empty(len(new), new.shape[1], length + length // 2 + 16, new.shape[-1])
-        if held is not None:
-            room[:, :, : held.shape[-2]] = held
+    def room_for(self, held: Tensor, length: int) -> Tensor:
+        """A tensor for half as many tokens again, or all that will come, in which those held stand first."""
+        size = max(length, min(length + length // 2 + 16, self.most))
+        room = held.new_empty(*held.shape[:2], size, held.shape[-1])
+        room[:, :, : held.shape[-2]] = held
         return room
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -46,15 +53,15 @@ class RoomyLayer(DynamicLayer):
         for name in ("keys", "values"):
             held: Tensor = getattr(self, name)
             if rows > len(held):
-                selected = held[beam_idx]
-                self.rooms[name] = self.room_like(selected, length, selected)
+                self.rooms[name] = self.room_for(held[beam_idx], length)
+                held = self.rooms[name][:, :, :length]
             else:
                 held[moved] = held[beam_idx[moved]]
-            setattr(self, name, self.rooms[name][:rows, :, :length])
+            setattr(self, name, held[:rows])
 
 
-def roomy_cache(config: Any) -> DynamicCache:
-    """A cache for a model, whose layers of plain attention have room; those of other kinds are its own."""
+def roomy_cache(config: Any, most: int) -> DynamicCache:
+    """A cache for a model and ``most`` tokens; layers of plain attention have room, others are the model's own."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -75,7 +75,7 @@ class HFEngine(Engine):
         tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        cache = roomy_cache(self.model.config)
+        cache = roomy_cache(self.model.config, width + most)
         rows = torch.arange(count, device=device)  # those that go on
         stay = torch.tensor(of_prompt, device=device)  # by their place in the batch before
         draw, stops = _Draw(sampling, seeds, device), torch.tensor(self.stop_token_ids, device=device)
