@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def train(
     loss: Loss | None = None,
     reward: Any = None,
     rollout: Any = None,
-    **settings: Any,
+    coin: Coin | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> dict[str, float]:
     """Train as ``work`` says; the ledger of all phases but the first.
 
@@ -42,9 +44,10 @@ def train(
         loss: GRPO if not given.
         reward: scores samples; a coin if not given.
         rollout: made of ``work`` if not given.
-        settings: of the module.
+        coin: the reward, if none other is given; a new one if not given.
+        callbacks: more of them.
     """
-    coin = Coin(work.pass_rate)
+    coin = coin or Coin(work.pass_rate)
 
     def tossed(samples: list[Sample]) -> list[float]:
         return [1.0] * len(samples) if samples[0].completion == "x" else coin([s.completion for s in samples])
@@ -54,7 +57,6 @@ def train(
         loss or GRPO(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
         max_mismatch=1.0,
-        **settings,
     )
     data = RolloutData(
         Source(str(folder / "prompts.jsonl")),
@@ -68,7 +70,7 @@ def train(
         max_epochs=work.steps,
         accumulate_grad_batches=work.micro_batches,
         gradient_clip_val=1.0,
-        callbacks=[ledger, rollout or ENGINES[work.engine](max_tokens=work.max_tokens)],
+        callbacks=[ledger, rollout or ENGINES[work.engine](max_tokens=work.max_tokens), *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -138,10 +138,9 @@ class Marks:
 def run_ours(folder: Path, work: Work) -> dict[str, float]:
     """One process's training by us."""
     import lightning as L
+    from ours import train
 
-    from callbacks import HFRollout, VLLMRollout
-    from lit_grpo import GRPO, PolicyModule, RolloutData, Sample
-    from lit_grpo.data import Source
+    from lit_grpo import GRPO
 
     marks, coin = Marks(), Coin(work.pass_rate)
 
@@ -152,34 +151,7 @@ def run_ours(folder: Path, work: Work) -> dict[str, float]:
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             marks.step()
 
-    def reward(samples: list[Sample]) -> list[float]:
-        return [1.0] * len(samples) if samples[0].completion == "x" else coin([s.completion for s in samples])
-
-    module = PolicyModule(
-        str(folder),
-        GRPO(scale="sample", epsilon=1e-4),  # TRL's
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
-        max_mismatch=1.0,
-    )
-    data = RolloutData(
-        Source(str(folder / "prompts.jsonl")),
-        reward=reward,
-        prompts_per_phase=work.rollouts // work.group_size,
-        group_size=work.group_size,
-    )
-    rollout = {"HFRollout": HFRollout, "VLLMRollout": VLLMRollout}[work.engine](max_tokens=work.max_tokens)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=work.steps,
-        accumulate_grad_batches=work.micro_batches,
-        gradient_clip_val=1.0,
-        callbacks=[rollout, Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=data)
+    train(folder, work, GRPO(scale="sample", epsilon=1e-4), coin=coin, callbacks=[Clock()])  # TRL's scale
     return marks.rates(work, coin)
 
 

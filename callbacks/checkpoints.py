@@ -24,6 +24,8 @@ from lit_grpo.distributed import all_objects
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 
+STATES = "The state of a callback may hold numbers, text, tensors, lists and dictionaries."
+
 SIMPLE = (bool, int, float, str, type(None))
 
 CHECKSUMS = "checksums.json"
@@ -216,6 +218,8 @@ def write(trainer: L.Trainer, path: Path) -> dict[str, int] | str:
         for file in mine:
             sync(file)
         return {file.name: checksum(file) for file in mine}
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # what cannot be pickled raises one of these
+        return f"{type(error).__name__}: {error}. {STATES}"
     except (OSError, RuntimeError, CheckpointException) as error:
         if (reason := reason_of(error)) is None:
             raise
@@ -228,8 +232,8 @@ def unreadable(path: Path, states: dict[str, Any]) -> str | None:
         torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         return (
-            f"it could not be loaded again with weights_only=True: {str(error).splitlines()[0]} The state of a callback"
-            f" may hold numbers, text, tensors, lists and dictionaries; there are states of {', '.join(states)}."
+            f"it could not be loaded again with weights_only=True: {str(error).splitlines()[0]} {STATES}"
+            f" There are states of {', '.join(states)}."
         )
     return None
 

@@ -149,11 +149,13 @@ class CLI(LightningCLI):
         if config.ckpt_path == "last" and not config.run_dir:
             raise UserError("ckpt_path: last is the latest of a run; say of which with --run_dir.")
         if config.ckpt_path == "last" and self.subcommand == "fit":  # which may begin a run, and go on with it
-            latest, goes_on = latest_whole(self.run_dir / "checkpoints") or origin(self.run_dir), True
-            config.ckpt_path = latest and str(latest)
+            latest, goes_on = latest_whole(self.run_dir / "checkpoints"), True
+            if latest is None and (begun_from := origin(self.run_dir)):
+                latest = checkpoint_at(begun_from, "ckpt_path")
+            config.ckpt_path = latest and str(latest.resolve())
         elif config.ckpt_path is not None:
             given = self.run_dir if config.ckpt_path == "last" else Path(config.ckpt_path).expanduser()
-            config.ckpt_path = str(path := checkpoint_at(given, "ckpt_path"))
+            config.ckpt_path = str(path := checkpoint_at(given, "ckpt_path").resolve())
             goes_on |= self.subcommand == "fit" and (is_of(self.run_dir, path) or nothing_kept(self.run_dir, path))
         if self.subcommand == "fit" and config.ckpt_path:
             rank_zero_info(f"Going on from {config.ckpt_path}")
@@ -233,8 +235,9 @@ def is_of(run_dir: Path, checkpoint: Path) -> bool:
 
 def origin(run_dir: Path) -> Path | None:
     """The checkpoint of another run that a run began from, if it did."""
-    config = run_dir / "config.yaml"
-    settings = yaml.safe_load(config.read_text()) if config.exists() else None
+    configs = [run_dir / "config.yaml", *sorted(run_dir.glob("config-*.yaml"), reverse=True)]  # the latest first
+    latest = next((path for path in configs if path.exists()), None)
+    settings = yaml.safe_load(latest.read_text()) if latest else None
     found = settings.get("ckpt_path") if isinstance(settings, dict) else None
     return found and Path(found)
 

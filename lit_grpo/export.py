@@ -98,6 +98,7 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
     else:
         for key, tensor in trained.items():
             tensor.copy_(held["state_dict"][key])
+    folder = folder.resolve()
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

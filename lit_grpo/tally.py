@@ -32,17 +32,15 @@ class Tally:
         """Add those of a micro-batch."""
         self.micro_batches += 1
         for name, value in metrics.items():
-            if isinstance(value, tuple) or (not name.startswith(("loss",)) and not name.endswith(("_min", "_max"))):
+            if not isinstance(value, tuple) and name.startswith("loss"):
+                self.shares[name] = self.shares.get(name, 0) + value.detach()
+            elif not isinstance(value, tuple) and name.endswith(("_min", "_max")):
+                furthest = torch.minimum if name.endswith("_min") else torch.maximum
+                self.extremes[name] = furthest(value.detach(), self.extremes.get(name, value.detach()))
+            else:
                 total, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
                 kind = torch.promote_types(total.dtype, torch.float32)
-                pair = torch.stack([total.detach().to(kind), count.to(kind)])
-                self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-            elif name.startswith("loss"):
-                self.shares[name] = self.shares[name] + value.detach() if name in self.shares else value.detach()
-            else:
-                furthest = torch.minimum if name.endswith("_min") else torch.maximum
-                value = value.detach()
-                self.extremes[name] = furthest(value, self.extremes[name]) if name in self.extremes else value
+                self.sums[name] = self.sums.get(name, 0) + torch.stack([total.detach().to(kind), count.to(kind)])
 
     def summed_up(self, reduce: Callable[[Tensor, str], Tensor], accumulated: float) -> dict[str, Tensor]:
         """The phase's metrics, over all processes; the next phase begins with none.

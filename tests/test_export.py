@@ -199,7 +199,8 @@ def test_an_export_that_fails_leaves_nothing(
     assert re.search(r"OUT: cannot write '.*out': .*No space left on device. Make room", capsys.readouterr().err)
     assert not list(tmp_path.glob("out*"))
     (tmp_path / "out").mkdir()
-    main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    monkeypatch.chdir(tmp_path / "out")
+    main(["export", str(tmp_path / "run"), "."])
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

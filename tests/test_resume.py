@@ -338,6 +338,13 @@ class TestCheckpoints:
         )
         assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
+    def test_a_state_that_cannot_be_written_is_named(
+        self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, f"--run_dir={tmp_path / 'run'}", "--trainer.callbacks+=test_resume.Unwritable"])
+        assert re.search(r"lambda.*The state of a callback may hold numbers", capsys.readouterr().err)
+
     def test_what_is_kept_is_said_also_where_data_are_not_found(
         self, run: Path, command: list[str], caplog: pytest.LogCaptureFixture
     ):
@@ -399,6 +406,21 @@ class Strange(Callback):
         return {"score": np.float64(1.0)}
 
 
+class Unwritable(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": Later()}
+
+
+class Later:
+    """Whose copies are fine, and whose pickles are not."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a lambda cannot be pickled")
+
+
 class NothingGetsBetter(EarlyStopping):
     def __init__(self, patience: int) -> None:
         super().__init__("train/grad_norm", patience=patience, min_delta=1e9, check_on_train_epoch_end=True)
@@ -429,7 +451,9 @@ def test_last_is_of_a_run(command: list[str], capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("again", ["the same command", "last"])
-def test_a_run_that_began_from_another_does_so_again(again: str, command: list[str], tmp_path: Path):
+def test_a_run_that_began_from_another_does_so_again(
+    again: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Where it was ended before it had a checkpoint of its own."""
     command = [*command, "--data.val=null"]
     main([*command, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'first'}"])
@@ -440,6 +464,13 @@ def test_a_run_that_began_from_another_does_so_again(again: str, command: list[s
     )
     with pytest.raises(RuntimeError, match="stopped here"):
         main([*second, begin, f"--trainer.callbacks+={stop}"])
+    with pytest.raises(SystemExit):  # a start that fails in between
+        main([*second, "--ckpt_path=last", "--data.train.path=nowhere.jsonl"])
+    (first := tmp_path / "first" / "checkpoints").rename(first.with_name("away"))
+    with pytest.raises(SystemExit):
+        main([*second, "--ckpt_path=last"])
+    assert re.search(r"ckpt_path: '.*phase-00002.ckpt' is neither a checkpoint", capsys.readouterr().err)
+    first.with_name("away").rename(first)
     main([*second, begin if again == "the same command" else "--ckpt_path=last"])
     assert sorted(path.name for path in (tmp_path / "second" / "samples").iterdir()) == ["train-00002.jsonl"]
     assert (tmp_path / "second" / "checkpoints" / "phase-00003.ckpt").exists()
