@@ -32,7 +32,24 @@ CHECKSUMS = "checksums.json"
 """Of the files of a sharded checkpoint."""
 
 
-class Checkpoints(L.Callback):
+class Resume(L.Callback):
+    """Goes on from a checkpoint with the settings that this run has."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = PlainCheckpointIO()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state."""
+        for callback in trainer.callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            for key in inspect.signature(type(callback)).parameters if isinstance(state, dict) else ():
+                then, now = state.get(key), getattr(callback, key, None)
+                if key in state and isinstance(then, SIMPLE) and isinstance(now, SIMPLE) and then != now:
+                    state[key] = now
+                    rank_zero_info(f"{type(callback).__name__}: {key} was {then}, and is {now} from here on")
+
+
+class Checkpoints(Resume):
     """Writes ``checkpoints/phase-00050.ckpt`` after 50 phases, and so on, and one when training ends.
 
     A checkpoint is of the moment before a phase, where nothing but the number of the phase tells what comes: prompts,
@@ -63,18 +80,8 @@ class Checkpoints(L.Callback):
         """Whether the phase is."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        trainer.strategy.checkpoint_io = PlainCheckpointIO()
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state."""
-        for callback in trainer.callbacks:
-            state = checkpoint["callbacks"].get(callback.state_key)
-            for key in inspect.signature(type(callback)).parameters if isinstance(state, dict) else ():
-                then, now = state.get(key), getattr(callback, key, None)
-                if key in state and isinstance(then, SIMPLE) and isinstance(now, SIMPLE) and then != now:
-                    state[key] = now
-                    rank_zero_info(f"{type(callback).__name__}: {key} was {then}, and is {now} from here on")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.done_before = trainer.current_epoch

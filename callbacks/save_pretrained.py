@@ -42,7 +42,8 @@ class SavePretrained(L.Callback):
                 shutil.rmtree(folder, ignore_errors=True)
                 unfinished.rename(folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if first:
+                shutil.rmtree(unfinished, ignore_errors=True)
             saves = any(isinstance(callback, Checkpoints) for callback in trainer.callbacks)
             later = f" `lit-grpo export {trainer.default_root_dir} OUT` writes it from the last checkpoint."
             self.failed = UserError(f"pretrained: cannot write {str(folder)!r}: {error}. Make room.{later * saves}")

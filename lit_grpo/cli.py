@@ -37,7 +37,7 @@ from callbacks import (  # noqa: F401
     VLLMRollout,
     Whereabouts,
 )
-from callbacks.checkpoints import checkpoints_in, damage, latest_whole
+from callbacks.checkpoints import Resume, checkpoints_in, damage, latest_whole
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
 from lit_grpo.csv_log import CSVLog
 from lit_grpo.engines import Stopped
@@ -174,11 +174,11 @@ class CLI(LightningCLI):
             table = [] if self.subcommand == "test" else [CSVLog(**where, flush_logs_every_n_steps=1)]  # see Results
             config["logger"] = [TensorBoardLogger(**where), *table]
         if config["enable_checkpointing"] is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
+            callbacks = [Resume() if isinstance(callback, Checkpoints) else callback for callback in callbacks]
         config["enable_checkpointing"] = False  # Lightning's own
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             config["num_sanity_val_steps"] = 0  # the curve has its first point
-        first: list[L.Callback] = [SavePretrained(), *(one for one in callbacks if isinstance(one, Checkpoints))]
+        first: list[L.Callback] = [SavePretrained(), *(one for one in callbacks if isinstance(one, Resume))]
         callbacks = [*(one for one in callbacks if one not in first), LearningCurve(), Results(), StopOnSignal()]
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]

@@ -26,6 +26,7 @@ import torch
 import yaml
 from conftest import ENVIRONMENT
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
 import lit_grpo.module
@@ -33,6 +34,7 @@ from callbacks import SavePretrained
 from callbacks.checkpoints import Checkpoints, PlainCheckpointIO, checkpoints_in, damage, latest_whole, number, remove
 from callbacks.learning_curve import read_metrics
 from lit_grpo.__main__ import main
+from lit_grpo.cli import run
 from lit_grpo.csv_log import CSVLog
 from lit_grpo.engines import HFEngine
 from lit_grpo.module import PolicyModule
@@ -145,7 +147,7 @@ def kills(points: int, losses: list[str], command: list[str], tmp_path: Path) ->
             first = time.perf_counter()
             assert process.wait(timeout=300) == 0
             spans[loss] = (first - start, time.perf_counter() - first)
-        early = i % 4 == 3  # while it loads, validates, or is in its first phase
+        early = i % 4 == 1  # while it loads, validates, or is in its first phase
         process = begun(arguments, run, wait=not early)
         time.sleep(draw.uniform(0, spans[loss][not early]))
         with contextlib.suppress(ProcessLookupError):
@@ -159,8 +161,8 @@ def kills(points: int, losses: list[str], command: list[str], tmp_path: Path) ->
     pytest.fail(f"only {killed} of {3 * points} runs were still going on when they were to be killed")
 
 
-def test_killed_at_a_random_moment(command: list[str], tmp_path: Path):
-    kills(1, ["TwoGRPO"], command, tmp_path)
+def test_killed_at_two_random_moments(command: list[str], tmp_path: Path):
+    kills(2, ["TwoGRPO"], command, tmp_path)
 
 
 @pytest.mark.long
@@ -426,14 +428,18 @@ class NothingGetsBetter(EarlyStopping):
         super().__init__("train/grad_norm", patience=patience, min_delta=1e9, check_on_train_epoch_end=True)
 
 
-def test_a_callback_s_settings_hold(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("then", ["phase-00006.ckpt", None])
+def test_a_callback_s_settings_hold(
+    then: str | None, command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     """Lightning's own would go on with those of its state."""
     command = [*command, f"--run_dir={tmp_path}", "--data.val=null", "--ckpt_path=last"]
     early = "--trainer.callbacks+={{class_path: test_resume.NothingGetsBetter, init_args: {{patience: {}}}}}"
     main([*command, early.format(3), "--trainer.max_epochs=2"])
     with caplog.at_level("INFO"):
-        main([*command, early.format(50)])
-    assert (tmp_path / "checkpoints" / "phase-00006.ckpt").exists()
+        main([*command, early.format(50), f"--trainer.enable_checkpointing={str(bool(then)).lower()}"])
+    assert checkpoints_in(tmp_path / "checkpoints")[0].name == (then or "phase-00002.ckpt")
+    assert max(row["step"] for row in read_metrics(tmp_path)) == 11
     assert any("NothingGetsBetter: patience was 3, and is 50" in record.getMessage() for record in caplog.records)
 
 
@@ -477,17 +483,18 @@ def test_a_run_that_began_from_another_does_so_again(
     assert yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["ckpt_path"].endswith("phase-00002.ckpt")
 
 
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_named_wherever_it_is(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reason: int, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train-00001.jsonl")
+        raise OSError(reason, os.strerror(reason), "train-00001.jsonl")
 
     monkeypatch.setattr("callbacks.SampleTable.on_train_epoch_start", full)
     with pytest.raises(SystemExit) as stop:
         main([*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null"])
     assert stop.value.code == 2
-    assert "No space left on device: 'train-00001.jsonl' Make room. Checkpoints" in capsys.readouterr().err
+    assert f"{os.strerror(reason)}: 'train-00001.jsonl' Make room. Checkpoints" in capsys.readouterr().err
 
 
 def test_the_log_is_whole_also_where_a_column_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -504,12 +511,22 @@ def test_the_log_is_whole_also_where_a_column_is_new(tmp_path: Path, monkeypatch
     assert read_metrics(tmp_path) == [{"a": 1.0, "step": 1.0}, {"a": 2.0, "step": 2.0}]
 
 
+def test_it_is_the_log_of_a_run(command: list[str], tmp_path: Path):
+    cli = run([*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--trainer.max_epochs=1"])
+    assert [type(log) for log in cli.trainer.loggers] == [TensorBoardLogger, CSVLog]
+
+
 def test_only_the_first_process_touches_the_model_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "pretrained.unfinished").mkdir()
-    monkeypatch.setattr("callbacks.save_pretrained.save_pretrained", lambda *_, **__: None)
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("pretrained", "pretrained.unfinished"):
+        (tmp_path / name).mkdir()
     trainer = SimpleNamespace(callbacks=[], default_root_dir=tmp_path, is_global_zero=False)
-    SavePretrained().on_train_end(trainer, SimpleNamespace(policy=None, tokenizer=None))
-    assert (tmp_path / "pretrained.unfinished").exists()
+    for save in (lambda *_, **__: None, full):
+        monkeypatch.setattr("callbacks.save_pretrained.save_pretrained", save)
+        SavePretrained().on_train_end(trainer, SimpleNamespace(policy=None, tokenizer=None))
+        assert {path.name for path in tmp_path.iterdir()} == {"pretrained", "pretrained.unfinished"}
 
 
 def test_ctrl_c_says_how_to_go_on(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
