@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import ENVIRONMENT, quiet_trainer
 from test_invariance import ScriptedEngine, ScriptedRollout, even_first_digit
 
 from callbacks import HFRollout, VLLMRollout
@@ -312,6 +314,25 @@ class TestOnePhaseAhead:
         assert all(float(row["train/seconds_other"]) >= 0 for row in rows)
         rewards = [float(row["train/seconds_reward"]) for row in rows]
         assert rewards[0] >= 0.3 > max(rewards[1:])
+
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_two_processes_draw_what_one_does(self, strategy: str, model: str, many_prompts: str, tmp_path: Path):
+        command = [
+            "fit", f"--model.model={model}", "--data=RolloutData", f"--data.train.path={many_prompts}",
+            "--data.reward=test_invariance.even_first_digit", "--data.prompts_per_phase=8", "--rollout.max_tokens=4",
+            "--rollout.one_phase_ahead=true", "--trainer.max_epochs=3", "--trainer.accelerator=cpu",
+            "--samples.every_n_phases=1",
+        ]  # fmt: skip
+        main([*command, f"--run_dir={tmp_path / 'one'}"])
+        command += [f"--run_dir={tmp_path / 'two'}", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+        subprocess.run([sys.executable, "-m", "lit_grpo", *command], check=True, env=ENVIRONMENT, timeout=200)
+        for phase in range(3):
+            ours, theirs = (
+                sorted((tmp_path / run / "samples" / f"train-{phase:05d}.jsonl").read_text().splitlines())
+                for run in ("one", "two")
+            )
+            assert len(ours) == 16
+            assert ours == theirs
 
     def test_there_must_be_rollouts(self, model: str, many_prompts: str, tmp_path: Path):
         trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=4, one_phase_ahead=True)])

@@ -42,7 +42,7 @@ from lit_grpo.module import PolicyModule
 
 @pytest.fixture
 def command(model: str, many_prompts: str) -> list[str]:
-    """Six phases of two updates each, with ties replaced, dropout, and a schedule."""
+    """Six phases of two updates each, with ties replaced, and a schedule."""
     return [
         "fit", f"--model.model={model}", "--model.loss=TwoGRPO", "--model.optimizer=AdamW", "--model.optimizer.lr=1e-3",
         "--model.lr_scheduler={class_path: torch.optim.lr_scheduler.LinearLR, init_args: {total_iters: 9}}",
@@ -621,6 +621,29 @@ def test_two_processes_go_on_as_if_not_stopped(
             assert damage(checkpoint) == f"the checksum of {share.name} is another"
         share.unlink()
         assert "No such file" in str(damage(checkpoint))
+
+
+def test_with_another_number_of_processes_it_goes_on_within_a_tolerance(command: list[str], tmp_path: Path):
+    """That of docs/resume.md: weights 1e-6 apart, relative, all together, and no other token."""
+    whole, two = tmp_path / "whole", tmp_path / "two"
+    command = [*command, "--data.val=null", "--checkpoint.keep=9"]
+    main([*command, f"--run_dir={whole}"])
+    command += [f"--run_dir={two}", f"--ckpt_path={whole / 'checkpoints' / 'phase-00002.ckpt'}"]
+    command += ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    subprocess.run([sys.executable, "-m", "lit_grpo", *command], check=True, env=ENVIRONMENT, timeout=200)
+    a, b, start = (
+        torch.cat([tensor.flatten().double() for _, tensor in sorted(load_file(path / "model.safetensors").items())])
+        for path in (whole / "pretrained", two / "pretrained", Path(command[1].removeprefix("--model.model=")))
+    )
+    assert (a - start).norm() > 1e-3 * a.norm()
+    assert (a - b).norm() < 1e-6 * a.norm()
+    files = [two / "samples" / f"train-{phase:05d}.jsonl" for phase in (2, 3, 4, 5)]
+    for path in files:
+        ours, theirs = (
+            sorted((row["prompt"], row["completion"]) for row in map(json.loads, file.read_text().splitlines()))
+            for file in (path, whole / "samples" / path.name)
+        )
+        assert ours == theirs
 
 
 def test_two_processes_share_what_one_had_whole_in_a_folder_named_by_the_time(command: list[str], tmp_path: Path):
