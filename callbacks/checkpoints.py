@@ -6,34 +6,44 @@ import copy
 import inspect
 import itertools
 import json
-import os
-import pickle
-import shutil
-import zipfile
-import zlib
+import random
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_grpo.distributed import all_objects
+from callbacks.checkpoint_files import (
+    CHECKSUMS,
+    PlainCheckpointIO,
+    checkpoints_in,
+    make_place,
+    number,
+    reason_of,
+    remove,
+    sync,
+    write,
+)
+from lit_grpo.distributed import all_objects, data_rank
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
 
-STATES = "The state of a callback may hold numbers, text, tensors, lists and dictionaries."
-
 SIMPLE = (bool, int, float, str, type(None))
-
-CHECKSUMS = "checksums.json"
-"""Of the files of a sharded checkpoint."""
 
 
 class Resume(L.Callback):
-    """Goes on from a checkpoint with the settings that this run has."""
+    """Goes on from a checkpoint with the settings that this run has, and draws the random numbers it would have drawn.
+
+    Those of ``random``, NumPy and torch follow from the seed, the phase and the process alone: in rewards, losses, and
+    callbacks that come after this one.
+    """
+
+    def __init__(self) -> None:
+        self.changed: set[str] = set()
+        """Callbacks with other settings than in the checkpoint."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = PlainCheckpointIO()
@@ -46,7 +56,23 @@ class Resume(L.Callback):
                 then, now = state.get(key), getattr(callback, key, None)
                 if key in state and isinstance(then, SIMPLE) and isinstance(now, SIMPLE) and then != now:
                     state[key] = now
+                    self.changed.add(callback.state_key)
                     rank_zero_info(f"{type(callback).__name__}: {key} was {then}, and is {now} from here on")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have a run that had been stopped early, by a callback whose settings are as they were, end again at once."""
+        for callback in trainer.callbacks:
+            stopped = isinstance(callback, EarlyStopping) and 0 < callback.stopped_epoch == trainer.current_epoch - 1
+            if stopped and callback.state_key not in self.changed:
+                rank_zero_info(f"{type(callback).__name__} had ended this run. Change its settings to go on.")
+                trainer.should_stop = True
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        origin = getattr(trainer.datamodule, "seed", 0), trainer.current_epoch, data_rank(trainer)[0]
+        seed = int(np.random.SeedSequence(origin).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
 
 class Checkpoints(Resume):
@@ -66,6 +92,7 @@ class Checkpoints(Resume):
     """
 
     def __init__(self, every_n_phases: int = 50, keep: int = 2) -> None:
+        super().__init__()
         for key, value in (("every_n_phases", every_n_phases), ("keep", keep)):
             if value < 1:
                 raise UserError(f"checkpoint.{key}: expected a whole number >= 1, got {value}.")
@@ -75,15 +102,18 @@ class Checkpoints(Resume):
         self.saved = -1
         """The phase before which the latest was saved."""
         self.states: dict[str, Any] = {}
-        """Of all callbacks, when the phase began."""
-        self.given_up = False
-        """Whether the phase is."""
+        """Of all callbacks, when the phase began, or when training was done."""
+        self.behind = False
+        """Whether callbacks may be further than that."""
+        self.done = False
+        """Whether training is, and that is to be saved."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.done_before = trainer.current_epoch
         if trainer.is_global_zero:
             self.put_aside(trainer.current_epoch, trainer.ckpt_path)
@@ -100,12 +130,13 @@ class Checkpoints(Resume):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save; this callback stands before others, whose states are those of the moment between two phases."""
+        super().on_train_epoch_start(trainer, pl_module)
         if trainer.current_epoch % self.every_n_phases == 0 and trainer.current_epoch > self.done_before:
             self.save(trainer)
-        self.states = {one.state_key: copy.deepcopy(state) for one in trainer.callbacks if (state := one.state_dict())}
+        self.states = states_of(trainer.callbacks)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, after SavePretrained: a run that has this checkpoint has nothing left to do."""
+        """Keep what ``LastCheckpoint`` will have saved, from what other callbacks do when training ends."""
         if trainer.current_epoch == self.done_before:
             return
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -114,13 +145,14 @@ class Checkpoints(Resume):
                 " pretrained/ has the policy."
             )
             return
-        self.save(trainer)
+        self.states, self.behind, self.done = states_of(trainer.callbacks), True, True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was before a phase that is given up in good order, and say how to go on."""
-        self.given_up = isinstance(exception, Stopped)
-        if self.given_up and trainer.current_epoch > self.done_before:
+        """Save what was before a phase that is given up in good order, or a training that is done; say how to go on."""
+        if isinstance(exception, Stopped) and trainer.current_epoch > self.done_before:
+            self.behind = True
             self.save(trainer)
+        self.save_what_is_done(trainer)
         if trainer.state.fn != "fit":
             return
         saved = checkpoints_in(Path(trainer.default_root_dir) / "checkpoints")  # it may come before setup
@@ -130,9 +162,15 @@ class Checkpoints(Resume):
         )
         rank_zero_info(f"{kept}. {again} --ckpt_path last")
 
+    def save_what_is_done(self, trainer: L.Trainer) -> None:
+        """Save, if training has come to its end and this was not tried yet."""
+        if self.done:
+            self.done = False
+            self.save(trainer)
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say of Lightning's loop, and of callbacks, that they are between two phases, whatever hook saves."""
-        if self.given_up:
+        if self.behind:
             checkpoint["callbacks"] = self.states
         loop = checkpoint["loops"]["fit_loop"]
         for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
@@ -183,157 +221,16 @@ class Checkpoints(Resume):
         return None
 
 
-class PlainCheckpointIO(TorchCheckpointIO):
-    """Writes where it is told to: Lightning's own writes to the folder of temporary files first, and then moves."""
+class LastCheckpoint(L.Callback):
+    """Has ``Checkpoints`` save a training that is done, after all other callbacks: then there is nothing left to do."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
 
-    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        if Path(path).is_dir():
-            raise UserError(
-                f"ckpt_path: the processes that wrote {str(path)!r} shared the model out, which this trainer.strategy"
-                " does not. Give the one of that run, or use what `lit-grpo export` makes of it as model.model."
-            )
-        return super().load_checkpoint(path, *arguments, **options)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.checkpoints.save_what_is_done(trainer)
 
 
-def make_place(trainer: L.Trainer, path: Path) -> str | None:
-    """Make the folder that a checkpoint goes to, or that it becomes, on the first process; or say why not."""
-    strategy: Any = trainer.strategy
-    shares = getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "") == "sharded")
-    try:
-        if trainer.is_global_zero:
-            (path if shares else path.parent).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return reason_of(error)
-    return None
-
-
-def write(trainer: L.Trainer, path: Path) -> dict[str, int] | str:
-    """Write this process's part of a checkpoint: the checksums of its files, which are on the disk then, or why not."""
-    try:  # as Trainer.save_checkpoint, after which a process that failed alone would leave the others waiting
-        held = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        trainer.strategy.save_checkpoint(held, path)
-        if trainer.is_global_zero and (strange := unreadable(path, held["callbacks"])):
-            return strange
-        rank = trainer.global_rank
-        mine = [path] if path.is_file() and rank == 0 else list(path.glob(f"__{rank}_*"))
-        if path.is_dir() and rank == 0:
-            mine += [path / ".metadata", path / "meta.pt"]
-        for file in mine:
-            sync(file)
-        return {file.name: checksum(file) for file in mine}
-    except (pickle.PicklingError, AttributeError, TypeError) as error:  # what cannot be pickled raises one of these
-        return f"{type(error).__name__}: {error}. {STATES}"
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if (reason := reason_of(error)) is None:
-            raise
-        return reason
-
-
-def unreadable(path: Path, states: dict[str, Any]) -> str | None:
-    """Why a checkpoint cannot be loaded with ``weights_only=True``, if so; the states of callbacks are in it."""
-    try:
-        torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        return (
-            f"it could not be loaded again with weights_only=True: {str(error).splitlines()[0]} {STATES}"
-            f" There are states of {', '.join(states)}."
-        )
-    return None
-
-
-def reason_of(error: BaseException | None) -> str | None:
-    """What the file system said, if it was that; torch wraps it, or complains of a file that is too short."""
-    if (reason := words_of(error)) is None:
-        return None
-    return f"{reason}. Make room, or set --checkpoint.keep 1 or another --run_dir."
-
-
-def words_of(error: BaseException | None) -> str | None:
-    """As ``reason_of``, without advice."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    words = str(error)
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or words
-        error = error.__cause__ or error.__context__
-    return "the file could not be written whole" if "inline_container" in words else None
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the latest first."""
-    return sorted((path for path in folder.glob("phase-*.ckpt") if path.stem[6:].isdecimal()), key=number, reverse=True)
-
-
-def number(path: Path) -> int:
-    """How many phases were done when a checkpoint was written."""
-    return int(path.stem.removeprefix("phase-"))
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint: a file, or the folder of a sharded one."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # another process may be at it too
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            value = zlib.crc32(part, value)
-    return value
-
-
-def latest_whole(folder: Path, key: str = "ckpt_path") -> Path | None:
-    """The latest checkpoint of a run that can be read, if it has any; a warning names those that cannot.
-
-    Args:
-        folder: of the checkpoints.
-        key: under which the user gave the run.
-
-    Raises:
-        UserError: if none of them can.
-    """
-    for path in (found := checkpoints_in(folder)):
-        if (reason := damage(path)) is None:
-            return path
-        rank_zero_warn(f"{key}: {str(path)!r} is damaged ({reason}); the one before it is looked at.")
-    if found:
-        raise UserError(
-            f"{key}: no checkpoint in {str(folder)!r} can be read. Take, or begin, a run in another folder."
-        )
-    return None
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Every byte of it is read and compared with its checksum."""
-    try:
-        if path.is_dir():
-            for name, expected in json.loads((path / CHECKSUMS).read_text()).items():
-                if checksum(path / name) != expected:
-                    return f"the checksum of {name} is another"
-            torch.load(path / "meta.pt", map_location="cpu", mmap=True, weights_only=True)
-        else:
-            with zipfile.ZipFile(path) as archive:
-                if (bad := archive.testzip()) is not None:
-                    return f"the checksum of {bad} is another"
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what a changed byte leads to, nobody can list
-        return f"{type(error).__name__}: {error}"
-    return None
+def states_of(callbacks: list[L.Callback]) -> dict[str, Any]:
+    """Copies of their states."""
+    return {one.state_key: copy.deepcopy(state) for one in callbacks if (state := one.state_dict())}

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -37,7 +37,8 @@ from callbacks import (  # noqa: F401
     VLLMRollout,
     Whereabouts,
 )
-from callbacks.checkpoints import Resume, checkpoints_in, damage, latest_whole
+from callbacks.checkpoint_files import checkpoints_in, damage, latest_whole
+from callbacks.checkpoints import LastCheckpoint, Resume
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
 from lit_grpo.csv_log import CSVLog
 from lit_grpo.engines import Stopped
@@ -175,7 +176,6 @@ class CLI(LightningCLI):
             config["logger"] = [TensorBoardLogger(**where), *table]
         if config["enable_checkpointing"] is False:
             callbacks = [Resume() if isinstance(callback, Checkpoints) else callback for callback in callbacks]
-        config["enable_checkpointing"] = False  # Lightning's own
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             config["num_sanity_val_steps"] = 0  # the curve has its first point
         first: list[L.Callback] = [SavePretrained(), *(one for one in callbacks if isinstance(one, Resume))]
@@ -185,8 +185,11 @@ class CLI(LightningCLI):
         if config["max_time"] is not None:  # Lightning's own timer would stop inside a phase
             callbacks.append(TimeLimit(config["max_time"], interval=Interval.epoch))
             config["max_time"] = None
+        callbacks += [LastCheckpoint(one) for one in first if isinstance(one, Checkpoints)]
         given = config["callbacks"] or []
-        config["callbacks"] = [OneRunDir(), *first, *(given if isinstance(given, list) else [given])]
+        given = given if isinstance(given, list) else [given]
+        config["enable_checkpointing"] = any(isinstance(one, Checkpoint) for one in given)  # Lightning's own
+        config["callbacks"] = [OneRunDir(), *first, *given]
         try:
             return super()._instantiate_trainer(config, [Ledger(), Whereabouts(), *callbacks])
         except ValueError as error:

@@ -86,6 +86,7 @@ def export(checkpoint: Path, folder: Path, merge: bool = False, model: str | Non
         sizes = {key.removeprefix(f"{part}."): x.size for key, x in stored.items() if key.startswith(f"{part}.")}
     else:
         sizes = {key: x.shape for key, x in held["state_dict"].items()}
+    sizes = {key: size for key, size in sizes.items() if key.startswith("policy.")}  # a loss may have a state, too
     for key in sorted(sizes.keys() | trained.keys()):
         if (there := sizes.get(key)) != (here := trained[key].shape if key in trained else None):
             shapes = ["missing" if size is None else list(size) for size in (there, here)]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
@@ -320,13 +319,8 @@ class PolicyModule(L.LightningModule):
         }
 
     def on_train_epoch_start(self) -> None:
-        """Score the rollouts of later updates before the first one moves the policy, if that is asked for.
-
-        Random numbers of the phase, those of dropout, follow from the seed, the phase and the process alone.
-        """
+        """Score the rollouts of later updates before the first one moves the policy, if that is asked for."""
         assert self.policy is not None
-        seed, rank = getattr(self.trainer.datamodule, "seed", 0), data_rank(self.trainer)[0]
-        torch.manual_seed(np.random.SeedSequence((seed, self.current_epoch, rank)).generate_state(1)[0])
         for batch in self.trainer.datamodule.sampled_batches() if self.old_policy == "trainer" else []:
             if not batch.on_policy:
                 batch.old_logps = self.logps_of(self.policy, batch.to(self.device)).to(batch.tokens.device)
@@ -449,16 +443,19 @@ class PolicyModule(L.LightningModule):
             raise UserError(
                 f"ckpt_path: the checkpoint is of a run with model.lora {then['lora']}, this one has {now['lora']}."
             )
-        if self.lora and then["model"] != now["model"]:
+        if then["model"] != now["model"]:
+            what = "adapters were trained on" if self.lora else "policy, which this run goes on with, began as"
             rank_zero_warn(
-                f"model.model: the checkpoint's adapters were trained on {then['model']!r}, this run has"
-                f" {now['model']!r}. That is right only if it is the same model in another place."
+                f"model.model: the checkpoint's {what} {then['model']!r}, this run has {now['model']!r}. That is right"
+                " only if it is the same model in another place."
             )
         self.settings_before, self.skipped_in_a_row = then["settings"], then["skipped_in_a_row"]
 
     def changes(self, name: str) -> bool:
         """Whether training changes what has this name in a state dict."""
-        return not name.startswith("reference.") and (self.lora is None or ".lora_" in name)
+        return not name.startswith("reference.") and (
+            self.lora is None or ".lora_" in name or not name.startswith("policy.")
+        )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What training changes: neither the reference, nor what adapters change, which have their own folder."""

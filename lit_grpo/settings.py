@@ -53,6 +53,11 @@ def keep_to(now: dict[str, Any], before: dict[str, Any], optimizer: Optimizer, s
             " none can be changed halfway. Leave it as it was, or begin a run from what `lit-grpo export` writes."
         )
     old, new = before["optimizer"], now["optimizer"]
+    if schedule is not None and old["lr"] == 0 != new["lr"]:
+        raise UserError(
+            "model.optimizer.lr: the run that the checkpoint is of had a schedule of the rate 0, which says nothing of"
+            f" where one of {new['lr']} would be by now. Leave it, or begin a run from what `lit-grpo export` writes."
+        )
     for key in (key for key in new if key in old and new[key] != old[key]):
         rank_zero_info(f"model.optimizer: {key} was {old[key]}, and is {new[key]} from here on")
         for group in optimizer.param_groups:

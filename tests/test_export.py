@@ -25,6 +25,7 @@ from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
 from lit_grpo.export import save_pretrained
 from lit_grpo.lora import LoRA, adapters_off
+from lit_grpo.losses import LossInputs, LossOutput, TwoGRPO
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy, load_tokenizer
 from lit_grpo.quickstart import small_qwen
@@ -42,6 +43,34 @@ def command(model: str, many_prompts: str) -> list[str]:
         "--data.reward=test_invariance.even_first_digit", "--rollout.max_tokens=4", "--trainer.max_epochs=2",
         "--trainer.accelerator=cpu", "--checkpoint.every_n_phases=1",
     ]  # fmt: skip
+
+
+class Remembers(TwoGRPO):
+    """A loss with a state of its own."""
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, inputs: LossInputs) -> LossOutput:
+        self.seen += 1
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_loss_may_have_a_state(lora: bool, model: str, many_prompts: str, tmp_path: Path):
+    command = [
+        "fit", f"--model.model={model}", "--model.loss=test_export.Remembers", "--data=RolloutData",
+        f"--data.train.path={many_prompts}", "--data.reward=test_invariance.even_first_digit",
+        "--data.prompts_per_phase=8", "--rollout.max_tokens=4", "--trainer.accelerator=cpu",
+        f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last", *(["--model.lora={r: 2}"] if lora else []),
+    ]  # fmt: skip
+    for phases in (2, 3):
+        main([*command, f"--trainer.max_epochs={phases}"])
+    held = torch.load(tmp_path / "run" / "checkpoints" / "phase-00003.ckpt", weights_only=True)
+    assert held["state_dict"]["loss.seen"] == 3
+    main(["export", str(tmp_path / "run"), str(tmp_path / "exported")])
+    assert any((tmp_path / "exported").glob("*.safetensors"))
 
 
 def merged_by_peft(model: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -356,11 +356,12 @@ def runs(processes: int, names: Iterable[str], full: bool) -> Iterator[tuple[str
             if "tensor" in layout and name not in ("2-grpo", "grpo kl", "dpo", "kto", "resampled", "clipped"):
                 continue
             if layout != "fsdp":  # which does not take another precision later
-                all_cuts = name in list(LOSSES)[: None if full else 9] and "tensor" not in layout
+                all_cuts = (name in list(LOSSES)[:9] or (full and loss in ("", *LOSSES))) and "tensor" not in layout
                 for accumulate in (1, 2, 4) if all_cuts else (2,):
                     yield layout, name, True, accumulate
             roundings_grow = name == "cached" or change == "two updates"
-            if (layout == "fsdp" or (layout, processes) == ("fsdp2", 2)) and not roundings_grow:
+            in_float32 = (layout, processes) in (("fsdp", 2), ("fsdp2", 2)) or (full and "tensor" not in layout)
+            if in_float32 and not roundings_grow:
                 yield layout, name, False, 2
 
 

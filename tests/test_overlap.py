@@ -321,9 +321,10 @@ class TestOnePhaseAhead:
             "fit", f"--model.model={model}", "--data=RolloutData", f"--data.train.path={many_prompts}",
             "--data.reward=test_invariance.even_first_digit", "--data.prompts_per_phase=8", "--rollout.max_tokens=4",
             "--rollout.one_phase_ahead=true", "--trainer.max_epochs=3", "--trainer.accelerator=cpu",
-            "--samples.every_n_phases=1",
+            "--samples.every_n_phases=1", "--model.optimizer=AdamW", "--model.optimizer.lr=1e-2",
         ]  # fmt: skip
         main([*command, f"--run_dir={tmp_path / 'one'}"])
+        main([*command, f"--run_dir={tmp_path / 'still'}", "--model.optimizer.lr=0"])
         command += [f"--run_dir={tmp_path / 'two'}", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
         subprocess.run([sys.executable, "-m", "lit_grpo", *command], check=True, env=ENVIRONMENT, timeout=200)
         for phase in range(3):
@@ -333,6 +334,8 @@ class TestOnePhaseAhead:
             )
             assert len(ours) == 16
             assert ours == theirs
+        drawn = [(tmp_path / run / "samples" / "train-00002.jsonl").read_text() for run in ("one", "still")]
+        assert drawn[0] != drawn[1]  # so it would be seen if two had not trained, or the engine had not been told
 
     def test_there_must_be_rollouts(self, model: str, many_prompts: str, tmp_path: Path):
         trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFRollout(max_tokens=4, one_phase_ahead=True)])

@@ -31,11 +31,13 @@ from safetensors.torch import load_file
 
 import lit_grpo.module
 from callbacks import SavePretrained
-from callbacks.checkpoints import Checkpoints, PlainCheckpointIO, checkpoints_in, damage, latest_whole, number, remove
+from callbacks.checkpoint_files import PlainCheckpointIO, checkpoints_in, damage, latest_whole, number, remove
+from callbacks.checkpoints import Checkpoints
 from callbacks.learning_curve import read_metrics
 from lit_grpo.__main__ import main
 from lit_grpo.cli import run
 from lit_grpo.csv_log import CSVLog
+from lit_grpo.data import Sample
 from lit_grpo.engines import HFEngine
 from lit_grpo.module import PolicyModule
 
@@ -123,6 +125,79 @@ def test_stopped_anywhere_it_goes_on_as_if_not(loss: str, hook: str, command: li
     assert not (tmp_path / "halved" / "checkpoints" / "phase-00004.ckpt").exists()
     main(halved)
     assert same(tmp_path / "whole", tmp_path / "halved")
+
+
+class Ended(Callback):
+    """Kills its process, the first time that training ends in it; or raises an error."""
+
+    def __init__(self, mark: str, error: bool) -> None:
+        self.mark, self.error = Path(mark), error
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.mark.exists():
+            self.mark.touch()
+            if self.error:
+                raise RuntimeError("the cup was full")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def random_rewards(samples: list[Sample]) -> list[float]:
+    return [float(random.random() + np.random.rand() + torch.rand(()).item() > 1.5) for _ in samples]
+
+
+def test_rewards_that_draw_are_drawn_again(command: list[str], tmp_path: Path):
+    command = [*command, "--data.reward=test_resume.random_rewards", "--ckpt_path=last", "--trainer.max_epochs=4"]
+    main([*command, f"--run_dir={tmp_path / 'whole'}"])
+    halved = [*command, f"--run_dir={tmp_path / 'halved'}"]
+    random.seed(1)
+    np.random.seed(1)
+    main([*halved, "--trainer.max_epochs=2"])
+    main(halved)
+    assert same(tmp_path / "whole", tmp_path / "halved")
+
+
+def test_killed_when_training_ends_it_does_that_again(command: list[str], tmp_path: Path):
+    """What callbacks do then, too: there is no checkpoint of a run that is done before they did it."""
+    command = [*command, "--trainer.max_epochs=3", "--data.val=null"]
+    mark, run = tmp_path / "mark", tmp_path / "run"
+    ended = f"--trainer.callbacks+={{class_path: test_resume.Ended, init_args: {{mark: {mark}, error: false}}}}"
+    assert begun([*command, ended], run, wait=False).wait(timeout=200) == -signal.SIGKILL
+    assert mark.exists()
+    assert not (run / "ledger.json").exists()
+    assert begun([*command, ended], run).wait(timeout=200) == 0
+    main([*command, f"--run_dir={tmp_path / 'whole'}"])
+    assert (run / "ledger.json").exists()
+    assert same(tmp_path / "whole", run)
+
+
+def test_an_error_when_training_ends_leaves_its_checkpoint(command: list[str], tmp_path: Path):
+    mark, run = tmp_path / "mark", tmp_path / "run"
+    ended = f"--trainer.callbacks+={{class_path: test_resume.Ended, init_args: {{mark: {mark}, error: true}}}}"
+    command = [*command, ended, "--trainer.max_epochs=3", "--data.val=null", "--checkpoint.every_n_phases=9"]
+    with pytest.raises(RuntimeError, match="the cup was full"):
+        main([*command, f"--run_dir={run}"])
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["phase-00003.ckpt"]
+
+
+def test_one_that_was_stopped_early_is_done(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    command = [*command, f"--run_dir={tmp_path}", "--data.val=null", "--ckpt_path=last"]
+    command += ["--trainer.callbacks+={class_path: test_resume.NothingGetsBetter, init_args: {patience: 2}}"]
+    main(command)
+    before = left_by(tmp_path)
+    (tmp_path / "ledger.json").unlink()
+    with caplog.at_level("INFO"):
+        main(command)
+    assert checkpoints_in(tmp_path / "checkpoints")[0].name == "phase-00003.ckpt"
+    assert "NothingGetsBetter had ended this run" in caplog.text
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in left_by(tmp_path)[0].items())
+    assert (tmp_path / "ledger.json").exists()
+
+
+def test_a_checkpoint_callback_of_the_user_s_own(command: list[str], tmp_path: Path):
+    mine = f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {tmp_path / 'mine'}}}}}"
+    main([*command, f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=2", f"--trainer.callbacks+={mine}"])
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+    assert (tmp_path / "run" / "checkpoints" / "phase-00002.ckpt").exists()
 
 
 def begun(command: list[str], run: Path, wait: bool = True) -> subprocess.Popen:
@@ -382,6 +457,26 @@ class TestFlagsHold:
         (group,) = saved["optimizer_states"][0]["param_groups"]
         steps = 4  # LinearLR goes from a third to the whole in nine
         assert group["lr"] == pytest.approx(1e-5 * (1 / 3 + 2 / 3 * steps / 9))
+
+    def test_a_rate_of_nothing_has_no_schedule(
+        self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        command = [*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--ckpt_path=last"]
+        main([*command, "--trainer.max_epochs=1", "--model.optimizer.lr=0"])
+        with pytest.raises(SystemExit):
+            main([*command, "--trainer.max_epochs=2"])
+        assert "had a schedule of the rate 0" in capsys.readouterr().err
+
+    def test_a_model_that_does_not_count_is_named(
+        self, command: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder
+    ):
+        command = [*command, f"--run_dir={tmp_path / 'run'}", "--data.val=null", "--ckpt_path=last"]
+        main([*command, "--trainer.max_epochs=1"])
+        shutil.copytree(command[1].removeprefix("--model.model="), tmp_path / "other")
+        main([*command, "--trainer.max_epochs=2", f"--model.model={tmp_path / 'other'}"])
+        said = [str(warning.message) for warning in recwarn if "model.model" in str(warning.message)]
+        assert "the checkpoint's policy, which this run goes on with, began as" in said[0]
+        assert str(tmp_path / "other") in said[0]
 
     def test_another_optimizer_is_refused(self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         command = [part for part in command if not part.startswith(("--model.lr_scheduler", "--model.optimizer"))]
