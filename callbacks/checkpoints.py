@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.checkpoint_files import (
@@ -27,9 +28,13 @@ from callbacks.checkpoint_files import (
     sync,
     write,
 )
+from callbacks.stop_on_signal import stopping
 from lit_grpo.distributed import all_objects, data_rank
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
+
+MARK = "stop_early"
+"""What only checkpoints of ``Checkpoints`` have: the settings of callbacks that stop early."""
 
 SIMPLE = (bool, int, float, str, type(None))
 
@@ -43,29 +48,42 @@ class Resume(L.Callback):
 
     def __init__(self) -> None:
         self.changed: set[str] = set()
-        """Callbacks with other settings than in the checkpoint."""
+        """Callbacks that stop early, but with other settings than in the checkpoint."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = PlainCheckpointIO()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state."""
+        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state.
+
+        Raises:
+            UserError: if the checkpoint is not of the moment between two phases.
+        """
+        if MARK not in checkpoint:
+            raise UserError(
+                f"ckpt_path: {str(trainer.ckpt_path)!r} was written by another callback, at a moment from which no run"
+                " goes on as if nothing had happened. Give one of checkpoints/, or begin a run from what"
+                " `lit-grpo export` makes of it."
+            )
         for callback in trainer.callbacks:
+            then = checkpoint[MARK].get(callback.state_key)
+            if isinstance(callback, EarlyStopping) and then is not None and then != settings_of(callback):
+                self.changed.add(callback.state_key)
             state = checkpoint["callbacks"].get(callback.state_key)
             for key in inspect.signature(type(callback)).parameters if isinstance(state, dict) else ():
                 then, now = state.get(key), getattr(callback, key, None)
                 if key in state and isinstance(then, SIMPLE) and isinstance(now, SIMPLE) and then != now:
                     state[key] = now
-                    self.changed.add(callback.state_key)
                     rank_zero_info(f"{type(callback).__name__}: {key} was {then}, and is {now} from here on")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Have a run that had been stopped early, by a callback whose settings are as they were, end again at once."""
-        for callback in trainer.callbacks:
-            stopped = isinstance(callback, EarlyStopping) and 0 < callback.stopped_epoch == trainer.current_epoch - 1
-            if stopped and callback.state_key not in self.changed:
-                rank_zero_info(f"{type(callback).__name__} had ended this run. Change its settings to go on.")
+        """Have a run that had been stopped early, by a callback whose settings are as they were, stop again."""
+        for callback in (one for one in trainer.callbacks if isinstance(one, EarlyStopping)):
+            if callback.state_key in self.changed:
+                callback.stopped_epoch, callback.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
+            elif callback.stopped_epoch or callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 trainer.should_stop = True
+                rank_zero_info(f"{type(callback).__name__} has stopped this run; with other settings of it it goes on.")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         origin = getattr(trainer.datamodule, "seed", 0), trainer.current_epoch, data_rank(trainer)[0]
@@ -103,6 +121,8 @@ class Checkpoints(Resume):
         """The phase before which the latest was saved."""
         self.states: dict[str, Any] = {}
         """Of all callbacks, when the phase began, or when training was done."""
+        self.saving = False
+        """Whether a checkpoint that is being made is one of ours."""
         self.behind = False
         """Whether callbacks may be further than that."""
         self.done = False
@@ -114,7 +134,7 @@ class Checkpoints(Resume):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.done_before = trainer.current_epoch
+        self.done_before, self.saved, self.behind, self.done = trainer.current_epoch, -1, False, False
         if trainer.is_global_zero:
             self.put_aside(trainer.current_epoch, trainer.ckpt_path)
 
@@ -146,6 +166,8 @@ class Checkpoints(Resume):
             )
             return
         self.states, self.behind, self.done = states_of(trainer.callbacks), True, True
+        if stopping(trainer):
+            self.save_what_is_done(trainer)  # what comes next may take longer than there is
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was before a phase that is given up in good order, or a training that is done; say how to go on."""
@@ -169,7 +191,11 @@ class Checkpoints(Resume):
             self.save(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say of Lightning's loop, and of callbacks, that they are between two phases, whatever hook saves."""
+        """Say of Lightning's loop, and of callbacks, that they are between two phases, whatever hook of ours saves."""
+        if not self.saving:
+            return
+        early = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]
+        checkpoint[MARK] = {one.state_key: settings_of(one) for one in early}
         if self.behind:
             checkpoint["callbacks"] = self.states
         loop = checkpoint["loops"]["fit_loop"]
@@ -191,7 +217,11 @@ class Checkpoints(Resume):
         unfinished = path.with_suffix(".unfinished")
         reason = trainer.strategy.broadcast(make_place(trainer, unfinished))  # what one process cannot do, ends all
         if reason is None:
-            parts = all_objects(write(trainer, unfinished), trainer.world_size)
+            self.saving = True
+            try:
+                parts = all_objects(write(trainer, unfinished), trainer.world_size)
+            finally:
+                self.saving = False
             reason = next((part for part in parts if isinstance(part, str)), None)
             if trainer.is_global_zero and reason is None:
                 reason = self.finish(unfinished, path, parts)
@@ -229,6 +259,12 @@ class LastCheckpoint(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.checkpoints.save_what_is_done(trainer)
+
+
+def settings_of(callback: EarlyStopping) -> dict[str, Any]:
+    """What it was made with, as far as that is numbers and text."""
+    found = {key: getattr(callback, key, None) for key in inspect.signature(EarlyStopping).parameters}
+    return {key: value for key, value in found.items() if isinstance(value, SIMPLE)}
 
 
 def states_of(callbacks: list[L.Callback]) -> dict[str, Any]:

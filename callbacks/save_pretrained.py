@@ -10,7 +10,7 @@ import lightning as L
 from safetensors import SafetensorError
 
 from callbacks.checkpoints import Checkpoints
-from callbacks.stop_on_signal import StopOnSignal
+from callbacks.stop_on_signal import stopping
 from lit_grpo.errors import UserError
 from lit_grpo.export import save_pretrained
 
@@ -29,8 +29,7 @@ class SavePretrained(L.Callback):
         self.failed: UserError | None = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        stopping = any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks)
-        if stopping and trainer.current_epoch != trainer.max_epochs:
+        if stopping(trainer) and trainer.current_epoch != trainer.max_epochs:
             return  # there is only time for a checkpoint
         folder, first = Path(trainer.default_root_dir) / "pretrained", trainer.is_global_zero
         unfinished = folder.with_suffix(".unfinished")

@@ -68,3 +68,8 @@ class StopOnSignal(L.Callback):
             signal.signal(number, handler)
             trainer._signal_connector._original_handlers[number] = handler  # after an exception, Lightning does it
         self.before = {}
+
+
+def stopping(trainer: L.Trainer) -> bool:
+    """Whether a run ends because a signal said so."""
+    return any(isinstance(callback, StopOnSignal) and callback.stopping for callback in trainer.callbacks)

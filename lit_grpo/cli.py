@@ -39,6 +39,7 @@ from callbacks import (  # noqa: F401
 )
 from callbacks.checkpoint_files import checkpoints_in, damage, latest_whole
 from callbacks.checkpoints import LastCheckpoint, Resume
+from callbacks.stop_on_signal import stopping
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
 from lit_grpo.csv_log import CSVLog
 from lit_grpo.engines import Stopped
@@ -165,7 +166,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """End as a program that was told to, if it was."""
-        if any(isinstance(callback, StopOnSignal) and callback.stopping for callback in self.trainer.callbacks):
+        if stopping(self.trainer):
             sys.exit(STOPPED)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
@@ -174,7 +175,8 @@ class CLI(LightningCLI):
             where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
             table = [] if self.subcommand == "test" else [CSVLog(**where, flush_logs_every_n_steps=1)]  # see Results
             config["logger"] = [TensorBoardLogger(**where), *table]
-        if config["enable_checkpointing"] is False:
+        checkpoints = config["enable_checkpointing"] is not False
+        if not checkpoints:
             callbacks = [Resume() if isinstance(callback, Checkpoints) else callback for callback in callbacks]
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             config["num_sanity_val_steps"] = 0  # the curve has its first point
@@ -188,7 +190,7 @@ class CLI(LightningCLI):
         callbacks += [LastCheckpoint(one) for one in first if isinstance(one, Checkpoints)]
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        config["enable_checkpointing"] = any(isinstance(one, Checkpoint) for one in given)  # Lightning's own
+        config["enable_checkpointing"] = checkpoints and any(isinstance(one, Checkpoint) for one in given)
         config["callbacks"] = [OneRunDir(), *first, *given]
         try:
             return super()._instantiate_trainer(config, [Ledger(), Whereabouts(), *callbacks])

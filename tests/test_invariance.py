@@ -357,7 +357,8 @@ def runs(processes: int, names: Iterable[str], full: bool) -> Iterator[tuple[str
                 continue
             if layout != "fsdp":  # which does not take another precision later
                 all_cuts = (name in list(LOSSES)[:9] or (full and loss in ("", *LOSSES))) and "tensor" not in layout
-                for accumulate in (1, 2, 4) if all_cuts else (2,):
+                most = 2 if (change, processes) == ("two updates", 4) else 4  # pairs of a process and update
+                for accumulate in (n for n in (1, 2, 4) if n <= most) if all_cuts else (2,):
                     yield layout, name, True, accumulate
             roundings_grow = name == "cached" or change == "two updates"
             in_float32 = (layout, processes) in (("fsdp", 2), ("fsdp2", 2)) or (full and "tensor" not in layout)

@@ -149,8 +149,6 @@ def test_rewards_that_draw_are_drawn_again(command: list[str], tmp_path: Path):
     command = [*command, "--data.reward=test_resume.random_rewards", "--ckpt_path=last", "--trainer.max_epochs=4"]
     main([*command, f"--run_dir={tmp_path / 'whole'}"])
     halved = [*command, f"--run_dir={tmp_path / 'halved'}"]
-    random.seed(1)
-    np.random.seed(1)
     main([*halved, "--trainer.max_epochs=2"])
     main(halved)
     assert same(tmp_path / "whole", tmp_path / "halved")
@@ -179,25 +177,88 @@ def test_an_error_when_training_ends_leaves_its_checkpoint(command: list[str], t
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["phase-00003.ckpt"]
 
 
-def test_one_that_was_stopped_early_is_done(command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def early(**settings: Any) -> str:
+    """An argument: training ends where the gradient's norm stops growing, which it does not do for long."""
+    settings = {"monitor": "train/grad_norm", "mode": "max", "check_on_train_epoch_end": True} | settings
+    return f"--trainer.callbacks+={json.dumps({'class_path': 'EarlyStopping', 'init_args': settings})}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "phases", "others", "then"),
+    [
+        ({"patience": 2, "min_delta": 1e9}, 3, {"patience": 2, "min_delta": -1e9}, 6),
+        ({"stopping_threshold": -1.0}, 1, {"patience": 50}, 6),
+        ({"stopping_threshold": -1.0}, 1, {"patience": 50, "min_delta": 1e9, "stopping_threshold": 1e9}, 6),
+    ],
+)
+def test_one_that_was_stopped_early_is_done(
+    settings: dict[str, Any], phases: int, others: dict[str, Any], then: int, command: list[str], tmp_path: Path
+):
+    """Until other settings say otherwise."""
     command = [*command, f"--run_dir={tmp_path}", "--data.val=null", "--ckpt_path=last"]
-    command += ["--trainer.callbacks+={class_path: test_resume.NothingGetsBetter, init_args: {patience: 2}}"]
-    main(command)
+    main([*command, early(**settings)])
     before = left_by(tmp_path)
     (tmp_path / "ledger.json").unlink()
-    with caplog.at_level("INFO"):
-        main(command)
-    assert checkpoints_in(tmp_path / "checkpoints")[0].name == "phase-00003.ckpt"
-    assert "NothingGetsBetter had ended this run" in caplog.text
+    main([*command, early(**settings)])
+    assert checkpoints_in(tmp_path / "checkpoints")[0].name == f"phase-{phases:05d}.ckpt"
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in left_by(tmp_path)[0].items())
     assert (tmp_path / "ledger.json").exists()
+    for _ in range(2):
+        main([*command, early(**others)])
+        assert checkpoints_in(tmp_path / "checkpoints")[0].name == f"phase-{then:05d}.ckpt"
 
 
-def test_a_checkpoint_callback_of_the_user_s_own(command: list[str], tmp_path: Path):
+def test_one_that_is_to_stop_later_does(command: list[str], tmp_path: Path):
+    """Lightning does not forget, until ``min_epochs`` are reached, that a callback wanted to stop."""
+    command = [*command, early(divergence_threshold=1e9), "--trainer.min_epochs=4", "--data.val=null"]
+    command += ["--ckpt_path=last", "--trainer.max_epochs=6"]
+    threshold = (
+        "--trainer.callbacks+={class_path: test_resume.StopAt, init_args: {hook: on_train_epoch_start, phase: 2}}"
+    )
+    main([*command, f"--run_dir={tmp_path / 'whole'}"])
+    with pytest.raises(RuntimeError, match="stopped here"):
+        main([*command, f"--run_dir={tmp_path / 'halved'}", threshold])
+    main([*command, f"--run_dir={tmp_path / 'halved'}"])
+    assert checkpoints_in(tmp_path / "whole" / "checkpoints")[0].name == "phase-00004.ckpt"
+    assert same(tmp_path / "whole", tmp_path / "halved")
+
+
+def test_a_checkpoint_callback_of_the_user_s_own(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It is let be, but is of no moment to go on from."""
     mine = f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {tmp_path / 'mine'}}}}}"
     main([*command, f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=2", f"--trainer.callbacks+={mine}"])
-    assert len(list((tmp_path / "mine").iterdir())) == 1
     assert (tmp_path / "run" / "checkpoints" / "phase-00002.ckpt").exists()
+    (written,) = (tmp_path / "mine").iterdir()
+    with pytest.raises(SystemExit):
+        main([*command, f"--run_dir={tmp_path / 'other'}", f"--ckpt_path={written}"])
+    assert "was written by another callback" in capsys.readouterr().err
+
+
+class LooksAround(Callback):
+    """Writes down which checkpoints there are when training ends."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        (folder / "seen.txt").write_text(" ".join(path.name for path in checkpoints_in(folder / "checkpoints")))
+
+
+def test_told_to_end_it_saves_before_others_take_their_time(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    step = PolicyModule.training_step
+
+    def told(module: PolicyModule, *arguments: Any) -> Any:
+        if module.current_epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(module, *arguments)
+
+    monkeypatch.setattr(PolicyModule, "training_step", told)
+    command = [*command, "--checkpoint.every_n_phases=9", "--trainer.callbacks+=test_resume.LooksAround"]
+    with pytest.raises(SystemExit):
+        main([*command, f"--run_dir={tmp_path}", "--data.val=null"])
+    assert (tmp_path / "seen.txt").read_text() == "phase-00002.ckpt"
 
 
 def begun(command: list[str], run: Path, wait: bool = True) -> subprocess.Popen:
