@@ -21,6 +21,9 @@ from lit_grpo.errors import UserError
 
 STATES = "The state of a callback may hold numbers, text, tensors, lists and dictionaries."
 
+MARK = "stop_early"
+"""What only checkpoints of ``Checkpoints`` have: the settings of callbacks that stop early."""
+
 CHECKSUMS = "checksums.json"
 """Of the files of a sharded checkpoint."""
 
@@ -161,6 +164,13 @@ def latest_whole(folder: Path, key: str = "ckpt_path") -> Path | None:
             f"{key}: no checkpoint in {str(folder)!r} can be read. Take, or begin, a run in another folder."
         )
     return None
+
+
+def is_between_phases(path: Path) -> bool:
+    """Whether ``Checkpoints`` wrote a checkpoint, and no other callback at another moment."""
+    return MARK in torch.load(
+        path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True
+    )
 
 
 def damage(path: Path) -> str | None:

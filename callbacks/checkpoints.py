@@ -13,12 +13,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.checkpoint_files import (
     CHECKSUMS,
+    MARK,
     PlainCheckpointIO,
     checkpoints_in,
     make_place,
@@ -32,9 +33,6 @@ from callbacks.stop_on_signal import stopping
 from lit_grpo.distributed import all_objects, data_rank
 from lit_grpo.engines import Stopped
 from lit_grpo.errors import UserError
-
-MARK = "stop_early"
-"""What only checkpoints of ``Checkpoints`` have: the settings of callbacks that stop early."""
 
 SIMPLE = (bool, int, float, str, type(None))
 
@@ -54,19 +52,11 @@ class Resume(L.Callback):
         trainer.strategy.checkpoint_io = PlainCheckpointIO()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state.
-
-        Raises:
-            UserError: if the checkpoint is not of the moment between two phases.
-        """
-        if MARK not in checkpoint:
-            raise UserError(
-                f"ckpt_path: {str(trainer.ckpt_path)!r} was written by another callback, at a moment from which no run"
-                " goes on as if nothing had happened. Give one of checkpoints/, or begin a run from what"
-                " `lit-grpo export` makes of it."
-            )
+        """Let callbacks keep the settings of this run: some of Lightning's take over those of their state."""
         for callback in trainer.callbacks:
-            then = checkpoint[MARK].get(callback.state_key)
+            if isinstance(callback, Checkpoint):  # which sees to it itself that files of another run are not its own
+                continue
+            then = checkpoint.get(MARK, {}).get(callback.state_key)
             if isinstance(callback, EarlyStopping) and then is not None and then != settings_of(callback):
                 self.changed.add(callback.state_key)
             state = checkpoint["callbacks"].get(callback.state_key)
@@ -94,7 +84,7 @@ class Resume(L.Callback):
 
 
 class Checkpoints(Resume):
-    """Writes ``checkpoints/phase-00050.ckpt`` after 50 phases, and so on, and one when training ends.
+    """Writes ``checkpoints/phase-00050.ckpt`` after 50 phases, and so on, and with ``LastCheckpoint`` one at the end.
 
     A checkpoint is of the moment before a phase, where nothing but the number of the phase tells what comes: prompts,
     samples and random numbers are functions of it and the run's seed. Each is there whole or not at all.
@@ -262,8 +252,9 @@ class LastCheckpoint(L.Callback):
 
 
 def settings_of(callback: EarlyStopping) -> dict[str, Any]:
-    """What it was made with, as far as that is numbers and text."""
-    found = {key: getattr(callback, key, None) for key in inspect.signature(EarlyStopping).parameters}
+    """What decides when it stops, as far as that is numbers and text."""
+    keys = inspect.signature(EarlyStopping).parameters.keys() - {"verbose", "log_rank_zero_only"}
+    found = {key: getattr(callback, key, getattr(callback, f"_{key}", None)) for key in sorted(keys)}
     return {key: value for key, value in found.items() if isinstance(value, SIMPLE)}
 
 

@@ -37,7 +37,7 @@ from callbacks import (  # noqa: F401
     VLLMRollout,
     Whereabouts,
 )
-from callbacks.checkpoint_files import checkpoints_in, damage, latest_whole
+from callbacks.checkpoint_files import checkpoints_in, damage, is_between_phases, latest_whole
 from callbacks.checkpoints import LastCheckpoint, Resume
 from callbacks.stop_on_signal import stopping
 from lit_grpo import data, losses  # noqa: F401  their short names in YAML are those of what is imported
@@ -160,6 +160,12 @@ class CLI(LightningCLI):
             config.ckpt_path = str(path := checkpoint_at(given, "ckpt_path").resolve())
             goes_on |= self.subcommand == "fit" and (is_of(self.run_dir, path) or nothing_kept(self.run_dir, path))
         if self.subcommand == "fit" and config.ckpt_path:
+            if not is_between_phases(Path(config.ckpt_path)):
+                raise UserError(
+                    f"ckpt_path: {config.ckpt_path!r} was written by another callback, at a moment from which no run"
+                    " goes on as if nothing had happened. Give one of a run's checkpoints/, or begin a run from what"
+                    " `lit-grpo export` makes of it."
+                )
             rank_zero_info(f"Going on from {config.ckpt_path}")
         if rank_zero_only.rank == 0:
             prepare_run_dir(self.run_dir, goes_on, keep_log=self.subcommand == "test")
@@ -180,7 +186,7 @@ class CLI(LightningCLI):
             callbacks = [Resume() if isinstance(callback, Checkpoints) else callback for callback in callbacks]
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             config["num_sanity_val_steps"] = 0  # the curve has its first point
-        first: list[L.Callback] = [SavePretrained(), *(one for one in callbacks if isinstance(one, Resume))]
+        first: list[L.Callback] = [*(one for one in callbacks if isinstance(one, Resume)), SavePretrained()]
         callbacks = [*(one for one in callbacks if one not in first), LearningCurve(), Results(), StopOnSignal()]
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]

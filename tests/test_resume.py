@@ -234,6 +234,12 @@ def test_a_checkpoint_callback_of_the_user_s_own(
     with pytest.raises(SystemExit):
         main([*command, f"--run_dir={tmp_path / 'other'}", f"--ckpt_path={written}"])
     assert "was written by another callback" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    kept = [part for part in command if part.startswith(("--model.model=", "--data.val", "--data.reward"))]
+    main(["validate", "--data=PromptData", *kept, "--rollout.max_tokens=4", f"--ckpt_path={written}",
+          f"--run_dir={tmp_path / 'other'}"])  # fmt: skip
+    main(["export", str(written), str(tmp_path / "exported")])
+    assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
 class LooksAround(Callback):
@@ -242,6 +248,23 @@ class LooksAround(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         (folder / "seen.txt").write_text(" ".join(path.name for path in checkpoints_in(folder / "checkpoints")))
+
+
+def test_a_state_of_files_stays_with_its_run(command: list[str], tmp_path: Path):
+    """Lightning's own callback would take the files of another run for its best."""
+    for name, before in (("one", []), ("two", [f"--ckpt_path={tmp_path / 'one'}"])):
+        mine = {"dirpath": str(tmp_path / name / "mine"), "monitor": "val/mean_at_4", "mode": "max"}
+        arguments = f"--trainer.callbacks+={json.dumps({'class_path': 'ModelCheckpoint', 'init_args': mine})}"
+        main(
+            [
+                *command,
+                arguments,
+                f"--run_dir={tmp_path / name}",
+                f"--trainer.max_epochs={2 + 2 * len(before)}",
+                *before,
+            ]
+        )
+        assert len(list((tmp_path / name / "mine").iterdir())) == 1
 
 
 def test_told_to_end_it_saves_before_others_take_their_time(
