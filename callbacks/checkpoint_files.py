@@ -78,10 +78,17 @@ def write(trainer: L.Trainer, path: Path) -> dict[str, int] | str:
         return reason
 
 
+def content(path: Path) -> dict[str, Any]:
+    """What a checkpoint says, of a sharded one without what processes share; tensors stay on the disk."""
+    file = path / "meta.pt" if path.is_dir() else path
+    held: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return held
+
+
 def unreadable(path: Path, states: dict[str, Any]) -> str | None:
     """Why a checkpoint cannot be loaded with ``weights_only=True``, if so; the states of callbacks are in it."""
     try:
-        torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True)
+        content(path)
     except pickle.UnpicklingError as error:
         return (
             f"it could not be loaded again with weights_only=True: {str(error).splitlines()[0]} {STATES}"
@@ -168,9 +175,7 @@ def latest_whole(folder: Path, key: str = "ckpt_path") -> Path | None:
 
 def is_between_phases(path: Path) -> bool:
     """Whether ``Checkpoints`` wrote a checkpoint, and no other callback at another moment."""
-    return MARK in torch.load(
-        path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True
-    )
+    return MARK in content(path)
 
 
 def damage(path: Path) -> str | None:
@@ -180,12 +185,11 @@ def damage(path: Path) -> str | None:
             for name, expected in json.loads((path / CHECKSUMS).read_text()).items():
                 if checksum(path / name) != expected:
                     return f"the checksum of {name} is another"
-            torch.load(path / "meta.pt", map_location="cpu", mmap=True, weights_only=True)
         else:
             with zipfile.ZipFile(path) as archive:
                 if (bad := archive.testzip()) is not None:
                     return f"the checksum of {bad} is another"
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content(path)
     except Exception as error:  # what a changed byte leads to, nobody can list
         return f"{type(error).__name__}: {error}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 
+from lit_grpo.module import PolicyModule
 from lit_grpo.quickstart import make_task
 
 torch.set_num_threads(1)  # two processes of pytest share two cores
@@ -83,3 +85,30 @@ def quiet_trainer(tmp_path: Path, **options: Any) -> L.Trainer:
         "default_root_dir": tmp_path,
     }
     return L.Trainer(**(defaults | options))
+
+
+@pytest.fixture
+def command(model: str, many_prompts: str) -> list[str]:
+    """Six phases of two updates each, with ties replaced, and a schedule."""
+    return [
+        "fit", f"--model.model={model}", "--model.loss=TwoGRPO", "--model.optimizer=AdamW", "--model.optimizer.lr=1e-3",
+        "--model.lr_scheduler={class_path: torch.optim.lr_scheduler.LinearLR, init_args: {total_iters: 9}}",
+        "--data=RolloutData", f"--data.train.path={many_prompts}", f"--data.val.path={many_prompts}",
+        "--data.prompts_per_phase=8", "--data.updates_per_phase=2", "--data.resample_ties=true",
+        "--data.reward=test_invariance.even_first_digit", "--rollout.max_tokens=4",
+        "--trainer.max_epochs=6", "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=2",
+        "--checkpoint.every_n_phases=1", "--samples.every_n_phases=1", "--trainer.callbacks+=test_resume.Counted",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process gets SIGTERM whenever it trains in the second phase."""
+    step = PolicyModule.training_step
+
+    def told(module: PolicyModule, *arguments: Any) -> Any:
+        if module.current_epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(module, *arguments)
+
+    monkeypatch.setattr(PolicyModule, "training_step", told)

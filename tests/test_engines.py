@@ -280,7 +280,6 @@ def test_a_generation_that_does_not_come_back_is_given_up(engine: Engine, monkey
 def test_a_call_that_never_returns_ends_the_process(model: str):
     script = f"""
 import time
-from lit_grpo.engines.cache import RoomyLayer
 from lit_grpo.engines import Deadline, HFEngine, Sampling
 from lit_grpo.policy import load_config
 Deadline.grace = 0.1

@@ -356,9 +356,8 @@ def runs(processes: int, names: Iterable[str], full: bool) -> Iterator[tuple[str
             if "tensor" in layout and name not in ("2-grpo", "grpo kl", "dpo", "kto", "resampled", "clipped"):
                 continue
             if layout != "fsdp":  # which does not take another precision later
-                all_cuts = (
-                    name in list(LOSSES)[:9] or (full and {loss, name} & set(LOSSES))
-                ) and "tensor" not in layout
+                every = {loss, name} & LOSSES.keys() if full else name in list(LOSSES)[:9]
+                all_cuts = every and "tensor" not in layout
                 most = 2 if (change, processes) == ("two updates", 4) else 4  # pairs of a process and update
                 for accumulate in (n for n in (1, 2, 4) if n <= most) if all_cuts else (2,):
                     yield layout, name, True, accumulate

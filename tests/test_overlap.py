@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import signal
 import subprocess
 import sys
 import threading
@@ -348,17 +347,10 @@ class TestOnePhaseAhead:
         with pytest.raises(UserError, match=r"one_phase_ahead: .* so the ratio must be to the sampler"):
             trainer.fit(PolicyModule(model, old_policy="trainer"), data)
 
+    @pytest.mark.usefixtures("told_to_end")
     def test_told_to_end_it_saves_and_goes_on(
         self, model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        step = PolicyModule.training_step
-
-        def told(module: PolicyModule, *arguments: Any) -> Any:
-            if module.current_epoch == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return step(module, *arguments)
-
-        monkeypatch.setattr(PolicyModule, "training_step", told)
         command = [
             "fit", f"--model.model={model}", "--data=RolloutData", f"--data.train.path={many_prompts}",
             "--data.reward=test_invariance.even_first_digit", "--data.prompts_per_phase=8", "--rollout.max_tokens=4",
