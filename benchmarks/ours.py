@@ -35,6 +35,7 @@ def train(
     rollout: Any = None,
     coin: Coin | None = None,
     callbacks: Sequence[L.Callback] = (),
+    share_prompts: bool = True,
 ) -> dict[str, float]:
     """Train as ``work`` says; the ledger of all phases but the first.
 
@@ -46,6 +47,7 @@ def train(
         rollout: made of ``work`` if not given.
         coin: the reward, if none other is given; a new one if not given.
         callbacks: more of them.
+        share_prompts: whether a prompt is read once for the completions that train on it.
     """
     coin = coin or Coin(work.pass_rate)
 
@@ -57,6 +59,7 @@ def train(
         loss or GRPO(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
         max_mismatch=1.0,
+        share_prompts=share_prompts,
     )
     data = RolloutData(
         Source(str(folder / "prompts.jsonl")),

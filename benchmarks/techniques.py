@@ -89,10 +89,10 @@ def plain_logps(
     return torch.where(mask, logps, 0.0), None
 
 
-def as_they_come(rows: list[Row], count: int, unit: int = 1, drop_zeros: bool = False) -> list[list[Row]]:
+def as_they_come(rows: list[Row], count: int, unit: int, drop_zeros: bool, share_prompts: bool) -> list[list[Row]]:
     """Micro-batches with equally many rows each, neither sorted by length nor equal in tokens."""
     kept = [row for row in rows if not (drop_zeros and row.silent)]
-    cuts = [i * len(kept) // count for i in range(count + 1)]
+    cuts = [i * (len(kept) // unit) // count * unit for i in range(count + 1)]
     return [kept[a:b] for a, b in itertools.pairwise(cuts)]
 
 
@@ -126,6 +126,8 @@ WAYS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], contextlib.Abst
         patched("lit_grpo.policy.completion_logps", plain_logps),
     ),
     "a prompt is read for each of its completions": (lambda: with_engine(PromptsReadAgain), nothing),
+    "the engine reads all prompts at once": (dict, patched("lit_grpo.engines.hf_engine.TOKENS_AT_ONCE", 2**30)),
+    "each row that trains reads its prompt": (lambda: {"share_prompts": False}, nothing),
     "completions that have ended stay in the batch": (lambda: with_engine(RowsStay), nothing),
     "the reference scores, at beta 0": (reference_scored, nothing),
 }

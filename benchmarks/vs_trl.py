@@ -9,7 +9,8 @@ reward is a coin with pass rate p, by a hash of the completion, which no policy 
 theory says throughout. TRL samples with ``model.generate``, we with the engine that a line names.
 
 What each side does with the 512 (or 64) rollouts of a step: TRL trains on all of them, we leave out groups that are
-tied, whose gradient is zero, with the denominators of all. "trained" is completion tokens per step. Before any timing,
+tied, whose gradient is zero, with the denominators of all, and read a prompt once for up to four completions that train
+on it (``model.share_prompts``). "trained" is completion tokens per step. Before any timing,
 TRL's own first step, its completions and advantages, is given to our policy and loss: the gradients must agree.
 """
 
@@ -242,8 +243,11 @@ def check_gradient(folder: Path, work: Work) -> dict[str, float]:
     trainer.args.max_grad_norm = 0.0  # off
     trainer.train()
     loss, policy = GRPO(), load_policy(str(folder))
+    policy.speed_up(None, packing=False, share_prompts=True, compiled=False)
     total = sum(len(row.completion.token_ids) for row in rows)
-    for batch in step_batches(rows, work.micro_batches, loss, len(rows), total, None, on_policy=True):
+    rows.sort(key=lambda row: row.prompt_ids)  # TRL has shuffled them
+    count, group = work.micro_batches, work.group_size
+    for batch in step_batches(rows, count, loss, len(rows), total, None, on_policy=True, sharing=group):
         logps, _ = policy(batch.tokens, batch.mask)
         loss(LossInputs(logps, batch.mask, batch.advantages, total_rows=len(rows), total_tokens=total)).loss.backward()
     ours = {name: p.grad for name, p in policy.lm.named_parameters()}

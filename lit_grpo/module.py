@@ -44,8 +44,10 @@ class PolicyModule(L.LightningModule):
             that chooses.
         packing: read the rows of a micro-batch one after the other, without padding. Wants ``flash_attention_2``, as
             others take the square of all rows' length together.
+        share_prompts: read the prompt of completions that train together once. For prompts that are not much shorter
+            than completions; wants the attention ``sdpa``.
         compile: have ``torch.compile`` take the decoder. The first micro-batch is read plainly too, in this case and
-            with ``packing``, and the run stops if log-probs differ by more than ``max_mismatch``.
+            with the two above, and the run stops if log-probs differ by more than ``max_mismatch``.
         correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
         pass_at: the k of Pass@k; powers of two and all samples of a prompt if not given.
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
@@ -67,6 +69,7 @@ class PolicyModule(L.LightningModule):
         gradient_checkpointing: bool = False,
         attention: str | None = None,
         packing: bool = False,
+        share_prompts: bool = False,
         compile: bool = False,
         correct_at: float = 1.0,
         pass_at: list[int] | None = None,
@@ -85,7 +88,10 @@ class PolicyModule(L.LightningModule):
             correct_at,
             max_mismatch,
         )
+        if packing and share_prompts:
+            raise UserError("model.share_prompts: rows that are packed cannot share prompts. Leave one of the two out.")
         self.attention, self.packing, self.compiled = attention, packing, compile
+        self.share_prompts = share_prompts
         self.config = load_config(model)
         self.tokenizer = load_tokenizer(model)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
@@ -165,8 +171,8 @@ class PolicyModule(L.LightningModule):
             raise UserError("model.compile: it was never tried where processes share the model out. Leave it out.")
         for model in (self.policy, self.reference):
             if isinstance(model, Policy):
-                model.speed_up(self.attention, self.packing, self.compiled)
-        self.unproven = self.packing or self.compiled
+                model.speed_up(self.attention, self.packing, self.share_prompts, self.compiled)
+        self.unproven = self.packing or self.share_prompts or self.compiled
 
     def without_adapters(self, *batch: Any, **options: Any) -> Any:
         """What the model says whose adapters are trained."""
@@ -269,7 +275,8 @@ class PolicyModule(L.LightningModule):
         with self.policy.plainly():
             difference = (logps - self.logps_of(self.policy, batch)).abs()[batch.mask].mean()
         if not difference <= self.max_mismatch:
-            keys = [f"model.{key}" for key, used in (("packing", self.packing), ("compile", self.compiled)) if used]
+            options = {"packing": self.packing, "share_prompts": self.share_prompts, "compile": self.compiled}
+            keys = [f"model.{key}" for key, used in options.items() if used]
             raise UserError(
                 f"{', '.join(keys)}: log-probs differ from the plain path's by {difference.item():.3g} on average,"
                 f" above model.max_mismatch {self.max_mismatch}. Leave it out, or choose another model.attention."

@@ -18,6 +18,7 @@ from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
 from lit_grpo.lora import LoRA, add_adapters, draw_adapters
 from lit_grpo.sharding import decoder_layers, parameters_without_memory, reader, share_out, shares_out
+from lit_grpo.side_by_side import side_by_side
 
 
 class Policy(nn.Module):
@@ -30,7 +31,7 @@ class Policy(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
-        self.packing = False
+        self.packing = self.sharing = False
 
     def forward(
         self,
@@ -47,7 +48,7 @@ class Policy(nn.Module):
         ``tokens`` are padded at the right, so that causal attention never reaches padding from a real token and no
         attention mask is needed.
         """
-        read = self.packed if self.packing else self.padded
+        read = self.packed if self.packing else self.beside_each_other if self.sharing else self.padded
         hidden = read(tokens[:, :-1], mask)  # of the last token, nobody asks what follows
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
         head = self.lm.get_output_embeddings()
@@ -66,35 +67,51 @@ class Policy(nn.Module):
         hidden: Tensor = rows.last_hidden_state[0]
         return hidden.new_zeros(*tokens.shape, hidden.shape[-1]).index_put((real,), hidden)
 
-    def speed_up(self, attention: str | None, packing: bool, compiled: bool) -> None:
+    def beside_each_other(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """As ``padded``, reading the prompt of rows that follow each other and have the same once."""
+        layout = side_by_side(tokens, mask)
+        hidden: Tensor = self.lm.base_model(
+            layout.tokens, attention_mask=layout.attends, position_ids=layout.positions, use_cache=False
+        ).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, layout.places.flatten()).view(*tokens.shape, -1)
+
+    def speed_up(self, attention: str | None, packing: bool, share_prompts: bool, compiled: bool) -> None:
         """Compute in another way, from which log-probs come out the same.
 
         Args:
             attention: the implementation, by its name in ``transformers``.
             packing: whether rows are read without padding between them.
+            share_prompts: whether a prompt is read once for several rows.
             compiled: whether ``torch.compile`` takes the decoder.
 
         Raises:
-            UserError: if the model does not have that attention.
+            UserError: if the model does not have that attention, or one that cannot share prompts.
         """
-        self.packing = packing
+        self.packing, self.sharing = packing, share_prompts
         if attention is not None:
             try:
                 self.lm.set_attn_implementation(attention)
             except (ValueError, ImportError) as error:
                 raise UserError(f"model.attention: {error}") from error
+        config = self.lm.config
+        windows = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+        if share_prompts and (config._attn_implementation != "sdpa" or windows):
+            raise UserError(
+                "model.share_prompts: it needs the attention sdpa in every layer, without sliding windows; this model"
+                f" has {config._attn_implementation}{' with layers of other kinds' if windows else ''}. Leave it out."
+            )
         if compiled:
             self.lm.base_model.compile(dynamic=True)
 
     @contextmanager
     def plainly(self) -> Iterator[None]:
-        """Without packing, and not compiled."""
-        packing, self.packing = self.packing, False
+        """A row at a time, and not compiled."""
+        before, self.packing, self.sharing = (self.packing, self.sharing), False, False
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            self.packing = packing
+            self.packing, self.sharing = before
 
 
 def load_policy(

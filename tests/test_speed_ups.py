@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from lit_grpo.data.types import Completion
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
-from lit_grpo.losses import diagnostics
+from lit_grpo.losses import DPO, GRPO, diagnostics
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy
+from lit_grpo.side_by_side import Layout, side_by_side
 
 SIZES: dict[str, Any] = {
     "vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -46,7 +48,19 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, mask
 
 
-def logps_and_gradients(policy: Policy) -> list[torch.Tensor]:
+def rows_of_three_prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Six completions of the first, one of the second, which begins as the first does, and two of the third."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = [[5, 6, 7]] * 6 + [[5, 6]] + [[7, 5, 6, 8]] * 2
+    tokens = torch.randint(16, (9, 12), generator=draw)
+    mask = torch.zeros(9, 11, dtype=torch.bool)
+    for row, (prompt, length) in enumerate(zip(prompts, [4, 1, 9, 2, 3, 1, 5, 8, 1], strict=True)):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, len(prompt) - 1 :][:length] = True
+    return tokens, mask
+
+
+def logps_and_gradients(policy: Policy, rows: Callable[[], tuple[torch.Tensor, torch.Tensor]] = rows) -> list[Any]:
     tokens, mask = rows()
     policy.zero_grad()
     logps, entropy = policy(tokens, mask, 0.8, entropy=True)
@@ -60,9 +74,9 @@ def logps_and_gradients(policy: Policy) -> list[torch.Tensor]:
 def test_packed_rows_do_not_see_each_other(name: str, attention: str):
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(MODELS[name]())).double()
-    policy.speed_up(attention, packing=False, compiled=False)
+    policy.speed_up(attention, packing=False, share_prompts=False, compiled=False)
     plain = logps_and_gradients(policy)
-    policy.speed_up(None, packing=True, compiled=False)
+    policy.speed_up(None, packing=True, share_prompts=False, compiled=False)
     read: list[torch.Size] = []
     policy.lm.base_model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape))
     torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=0, atol=1e-6)  # norms compute in float32
@@ -71,10 +85,38 @@ def test_packed_rows_do_not_see_each_other(name: str, attention: str):
         torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_rows_that_share_a_prompt_do_not_see_each_other(name: str):
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(MODELS[name]())).double()
+    plain = logps_and_gradients(policy, rows_of_three_prompts)
+    policy.speed_up(None, packing=False, share_prompts=True, compiled=False)
+    read: list[torch.Tensor] = []
+    policy.lm.base_model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    torch.testing.assert_close(logps_and_gradients(policy, rows_of_three_prompts), plain, rtol=0, atol=1e-6)
+    tokens, _ = rows_of_three_prompts()
+    (shared,) = read  # of n completion tokens n - 1 are read
+    assert shared.shape == (4, 3 + 3 + 0 + 8 + 1)
+    assert shared[0].tolist() == [5, 6, 7, *tokens[0, 3:6], *tokens[2, 3:11], tokens[3, 3]]
+    assert shared[1].tolist() == [5, 6, 7, *tokens[4, 3:5], *[0] * 10]
+    assert shared[2].tolist() == [5, 6, *tokens[6, 2:6], *[0] * 9]
+    assert shared[3].tolist() == [7, 5, 6, 8, *tokens[7, 4:11], *[0] * 4]
+    with policy.plainly():
+        torch.testing.assert_close(logps_and_gradients(policy, rows_of_three_prompts), plain, rtol=0, atol=0)
+
+
+def test_a_model_that_cannot_share_prompts_is_named():
+    windows = Policy(AutoModelForCausalLM.from_config(MODELS["gemma2, with sliding windows and soft caps"]()))
+    with pytest.raises(UserError, match=r"model.share_prompts: .* has sdpa with layers of other kinds"):
+        windows.speed_up("sdpa", packing=False, share_prompts=True, compiled=False)
+    with pytest.raises(UserError, match=r"model.share_prompts: .* this model has eager\. Leave it out"):
+        Policy(AutoModelForCausalLM.from_config(MODELS["llama"]())).speed_up("eager", False, True, False)
+
+
 def test_a_compiled_decoder_gives_the_same(model: str):
     policy = load_policy(model)
     plain = logps_and_gradients(policy)
-    policy.speed_up(None, packing=False, compiled=True)
+    policy.speed_up(None, packing=False, share_prompts=False, compiled=True)
     torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -83,10 +125,14 @@ class Unwatched(HFRollout):
         """It would notice too, and sooner."""
 
 
-def fit(model: str, prompts: str, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+def fit(
+    model: str, prompts: str, folder: Path, group_size: int = 2, micro_batches: int = 1, **settings: Any
+) -> dict[str, torch.Tensor]:
     module = PolicyModule(model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **settings)
-    data = RolloutData(Source(prompts), reward=even_first_digit, prompts_per_phase=8, updates_per_phase=2)
-    quiet_trainer(folder, max_epochs=2, callbacks=[Unwatched(max_tokens=4)]).fit(module, data)
+    phase = {"prompts_per_phase": 8, "updates_per_phase": 2, "group_size": group_size}
+    data = RolloutData(Source(prompts), reward=even_first_digit, **phase)
+    options = {"max_epochs": 2, "accumulate_grad_batches": micro_batches, "callbacks": [Unwatched(max_tokens=4)]}
+    quiet_trainer(folder, **options).fit(module, data)
     return dict(full_weights(module.policy))
 
 
@@ -94,8 +140,39 @@ def test_a_run_is_the_same_with_them(model: str, many_prompts: str, tmp_path: Pa
     plain = fit(model, many_prompts, tmp_path)
     with caplog.at_level("INFO"):
         packed = fit(model, many_prompts, tmp_path, packing=True)
+        shared = fit(model, many_prompts, tmp_path, share_prompts=True)
     torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
-    assert sum("Checked against the plain path" in record.getMessage() for record in caplog.records) == 1
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+    assert sum("Checked against the plain path" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_shared_prompts_that_are_read_wrongly_stop_the_run(
+    model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def all_see_all(*rows: torch.Tensor) -> Layout:
+        layout = side_by_side(*rows)
+        return replace(layout, attends=torch.ones_like(layout.attends))
+
+    monkeypatch.setattr("lit_grpo.policy.side_by_side", all_see_all)
+    with pytest.raises(UserError, match=r"model.share_prompts: log-probs differ from the plain path's by"):
+        fit(model, many_prompts, tmp_path, share_prompts=True)
+
+
+@pytest.mark.parametrize("loss", [GRPO, DPO])
+def test_larger_groups_share_their_prompts(loss: type, model: str, many_prompts: str, tmp_path: Path):
+    plain = fit(model, many_prompts, tmp_path, 6, 4, loss=loss())
+    shared = fit(model, many_prompts, tmp_path, 6, 4, loss=loss(), share_prompts=True)
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+    if loss is GRPO:
+        with pytest.raises(
+            UserError, match=r"9 micro-batches need at least as many sets of 3 rows .* update has 8 per"
+        ):
+            fit(model, many_prompts, tmp_path, 6, 9, share_prompts=True, loss=loss())
+
+
+def test_packed_rows_share_no_prompt(model: str):
+    with pytest.raises(UserError, match=r"model.share_prompts: rows that are packed"):
+        PolicyModule(model, packing=True, share_prompts=True)
 
 
 def test_rows_that_see_each_other_stop_the_run(

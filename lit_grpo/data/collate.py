@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_grpo.data.types import Batch, Completion, Group
+from lit_grpo.data.types import SIDE_BY_SIDE, Batch, Completion, Group
 from lit_grpo.errors import UserError
 from lit_grpo.losses.base import Loss
 
@@ -107,7 +107,18 @@ def mismatched_rows(rows: Sequence[Row], per_group: int) -> list[Row]:
     return mismatched
 
 
-def micro_batches(rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bool = False) -> list[list[Row]]:
+def rows_together(unit: int, sharing: int) -> int:
+    """Consecutive rows that stay in one micro-batch: a loss's unit, or what of ``sharing`` rows shares a prompt.
+
+    >>> rows_together(1, 16), rows_together(2, 2), rows_together(1, 5), rows_together(2, 0)
+    (4, 2, 1, 2)
+    """
+    return max((n for n in range(unit, SIDE_BY_SIDE + 1, unit) if sharing and sharing % n == 0), default=unit)
+
+
+def micro_batches(
+    rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bool = False, share_prompts: bool = False
+) -> list[list[Row]]:
     """Cut the rows of one optimizer step into exactly ``count`` micro-batches with about equal numbers of tokens.
 
     Rows are sorted by length, so that each micro-batch is padded little. With ``drop_zeros`` units of rows whose
@@ -119,6 +130,7 @@ def micro_batches(rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bo
         count: micro-batches per optimizer step.
         unit: rows per unit, see ``Loss.unit``.
         drop_zeros: see ``Loss.drops_zero_advantages``.
+        share_prompts: whether the prompt of a unit is read once.
 
     Raises:
         ValueError: if there are fewer units than micro-batches.
@@ -128,6 +140,8 @@ def micro_batches(rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bo
         raise ValueError(f"{len(units)} units of {unit} rows cannot fill {count} micro-batches.")
 
     def length(unit: list[Row]) -> int:
+        if share_prompts:
+            return len(unit[0].prompt_ids) + sum(len(row.completion.token_ids) for row in unit)
         return max(len(row) for row in unit)
 
     if drop_zeros:
@@ -183,6 +197,7 @@ def step_batches(
     mismatched: Sequence[Row] | None,
     on_policy: bool = False,
     temperature: float = 1.0,
+    sharing: int = 0,
 ) -> list[Batch]:
     """The micro-batches of one optimizer step on this process.
 
@@ -195,12 +210,14 @@ def step_batches(
         mismatched: see :func:`mismatched_rows`; None where the loss does not need them.
         on_policy: see :class:`~lit_grpo.data.types.Batch`.
         temperature: the same.
+        sharing: consecutive rows with the same prompt, where it is read once for several of them; else 0.
     """
 
     def collated(parts: list[list[Row]]) -> list[Batch]:
         return [collate(part, total_rows, total_tokens, on_policy, temperature) for part in parts]
 
-    batches = collated(micro_batches(rows, count, loss.unit, loss.drops_zero_advantages))
+    unit = rows_together(loss.unit, sharing)
+    batches = collated(micro_batches(rows, count, unit, loss.drops_zero_advantages, bool(sharing)))
     if mismatched is not None:
         batches[0].mismatched = collated(micro_batches(mismatched, count))
     return batches

@@ -239,4 +239,5 @@ class OfflineLoader:
                 len(rows),
                 total_tokens,
                 mismatched and [mismatched[i] for i in mine],
+                sharing=per_group if trainer.lightning_module.share_prompts else 0,
             )

@@ -11,7 +11,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_grpo.data.base import NOTHING_SAMPLED, PromptData
-from lit_grpo.data.collate import Row, checked_select, make_rows, mismatched_rows, selection_stats, step_batches
+from lit_grpo.data.collate import (
+    Row,
+    checked_select,
+    make_rows,
+    mismatched_rows,
+    rows_together,
+    selection_stats,
+    step_batches,
+)
 from lit_grpo.data.drawing import Drawing
 from lit_grpo.data.loader import FilledLoader
 from lit_grpo.data.prompts import Prompt, Source
@@ -97,11 +105,13 @@ class RolloutData(PromptData):
                 f" {self.updates_per_phase} x {world} processes = {self.updates_per_phase * world}. Use a multiple of"
                 f" {self.updates_per_phase * world}, such as {(share + 1) * self.updates_per_phase * world}."
             )
-        if share * rows_per_prompt // loss.unit < accumulate:
+        unit = rows_together(loss.unit, self.sharing)
+        if share * rows_per_prompt // unit < accumulate:
+            what = {1: "rows", 2: "pairs"}.get(unit, f"sets of {unit} rows that share a prompt")
             raise UserError(
-                f"trainer.accumulate_grad_batches: {accumulate} micro-batches need at least as many"
-                f" {'rows' if loss.unit == 1 else 'pairs'}, but one update has {share * rows_per_prompt // loss.unit}"
-                " per process. Lower it, or raise data.init_args.prompts_per_phase."
+                f"trainer.accumulate_grad_batches: {accumulate} micro-batches need at least as many {what}, but one"
+                f" update has {share * rows_per_prompt // unit} per process. Lower it, or raise"
+                " data.init_args.prompts_per_phase."
             )
         rank_zero_info(
             f"One phase: {self.prompts_per_phase} prompts x {self.group_size} completions ="
@@ -109,6 +119,11 @@ class RolloutData(PromptData):
             f" update: {share * world * rows_per_prompt}, processes: {world}, micro-batches per process and update:"
             f" {accumulate}."
         )
+
+    @property
+    def sharing(self) -> int:
+        """Rows with the same prompt, if it is read once for them; else 0."""
+        return self.rows_per_prompt if self.trainer.lightning_module.share_prompts else 0
 
     def phase_prompts(self, phase: int) -> list[Prompt]:
         """All prompts of a phase, in order: the training set is gone through in a new random order each time."""
@@ -256,6 +271,7 @@ class RolloutData(PromptData):
                 mismatched_rows(update, self.rows_per_prompt) if loss.needs_kl_baseline else None,
                 u == 0 and not stale,
                 sampling.temperature,
+                self.sharing,
             )
         ]
         self.loaders["train"].fill(batches)

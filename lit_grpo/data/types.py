@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SIDE_BY_SIDE = 4
+"""Completions that share their prompt where it is read once, at most."""
+
 
 @dataclass
 class Completion:

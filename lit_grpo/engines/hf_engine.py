@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.initialization import no_init_weights
 
 from lit_grpo.data.types import Completion
 from lit_grpo.engines.base import Deadline, Engine, Sampling
-from lit_grpo.engines.cache import roomy_cache
+from lit_grpo.engines.cache import can_be_joined, joined, roomy_cache
+
+TOKENS_AT_ONCE = 2**10
+"""Of prompts, read in one pass; on GPUs, which need larger matrices to be busy, sixteen times as many."""
 
 
 class HFEngine(Engine):
@@ -71,14 +75,13 @@ class HFEngine(Engine):
         self, prompts: list[list[int]], of_prompt: list[int], seeds: list[int], sampling: Sampling, deadline: Deadline
     ) -> Iterator[tuple[int, Completion]]:
         """One completion for each seed, of the prompt with the number in ``of_prompt``; those that end first first."""
-        device, width, count, most = self.model.device, max(map(len, prompts)), len(seeds), sampling.max_tokens
-        tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        cache = roomy_cache(self.model.config, width + most)
+        device, count, most = self.model.device, len(seeds), sampling.max_tokens
+        positions = torch.tensor([len(prompts[i]) for i in of_prompt], device=device)
+        width = max(map(len, prompts))
+        attention = torch.arange(width, device=device) >= width - positions[:, None]
         rows = torch.arange(count, device=device)  # those that go on
-        stay = torch.tensor(of_prompt, device=device)  # by their place in the batch before
         draw, stops = _Draw(sampling, seeds, device), torch.tensor(self.stop_token_ids, device=device)
+        token: Tensor | None = None
         written = torch.zeros(count, most, dtype=torch.int64, device=device)
         logps = torch.zeros(count, most, device=device)
 
@@ -91,12 +94,10 @@ class HFEngine(Engine):
 
         for t in range(most):
             deadline.check(where)
-            logits = self.model(
-                tokens, attention_mask=attention, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1]
-            if t == 0:  # from prompts to completions
-                cache.reorder_cache(stay)
-                logits, attention, positions = logits[stay], attention[stay], positions[stay, -1:]
+            if token is None:
+                logits, cache = self._read(prompts, of_prompt, width + most)
+            else:
+                logits = self._next(token[:, None], attention, positions[:, None] + t - 1, cache)
             token, logp = draw(logits, rows, t)
             written[rows, t], logps[rows, t] = token, logp
             ended = torch.isin(token, stops)
@@ -109,9 +110,38 @@ class HFEngine(Engine):
                 stay = torch.arange(len(stay), device=device).index_copy(0, holes, stay[len(stay) - len(holes) :])
                 cache.reorder_cache(stay)
                 rows, token, attention, positions = rows[stay], token[stay], attention[stay], positions[stay]
-            tokens, positions = token[:, None], positions + 1
-            attention = torch.cat([attention, torch.ones_like(tokens)], dim=-1)
+            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=-1)
         yield from completions(rows, most, truncated=True)
+
+    def _read(self, prompts: list[list[int]], of_prompt: list[int], most: int) -> tuple[Tensor, DynamicCache]:
+        """Logits of the first token and the cache, a row for each number in ``of_prompt``; ``most`` as in the cache.
+
+        Prompts come by length, and are read a part at a time, so that few tokens are padding, and memory is bounded.
+        """
+        device = self.model.device
+        cache = roomy_cache(self.model.config, most)
+        size = TOKENS_AT_ONCE * (16 if device.type == "cuda" else 1) if can_be_joined(cache) else math.inf
+        parts, logits, start = list[DynamicCache](), list[Tensor](), 0
+        while start < len(prompts):
+            end = start + 1
+            while end < len(prompts) and (end + 1 - start) * len(prompts[end]) <= size:
+                end += 1
+            part, width = prompts[start:end], len(prompts[end - 1])
+            tokens = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
+            lengths = torch.tensor([[len(p)] for p in part], device=device)
+            places = torch.arange(width, device=device) - width + lengths
+            logits.append(self._next(tokens, places >= 0, places.clamp(min=0), cache))
+            parts.append(cache)
+            cache, start = roomy_cache(self.model.config, most), end
+        rows = torch.tensor(of_prompt, device=device)
+        return torch.cat(logits)[rows], joined(parts, rows)
+
+    def _next(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits ``[R, V]`` of what follows ``tokens [R, T]``, which are added to the cache."""
+        logits: Tensor = self.model(
+            tokens, attention_mask=attention, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        ).logits
+        return logits[:, -1]
 
 
 class _Draw:
