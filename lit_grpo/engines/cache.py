@@ -61,7 +61,7 @@ class RoomyLayer(DynamicLayer):
                 held: Tensor = getattr(part, name)
                 padding = length - held.shape[-2]
                 place[:, :, :padding] = 0
-                place[:, :, padding:] = held[chosen]
+                torch.index_select(held, 0, chosen, out=place[:, :, padding:])
             self.rooms[name] = room
             setattr(self, name, room[:, :, :length])
 
