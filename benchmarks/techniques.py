@@ -89,10 +89,10 @@ def plain_logps(
     return torch.where(mask, logps, 0.0), None
 
 
-def as_they_come(rows: list[Row], count: int, unit: int, drop_zeros: bool, share_prompts: bool) -> list[list[Row]]:
+def as_they_come(rows: list[Row], count: int, unit: int, drop_zeros: bool, sharing: int) -> list[list[Row]]:
     """Micro-batches with equally many rows each, neither sorted by length nor equal in tokens."""
     kept = [row for row in rows if not (drop_zeros and row.silent)]
-    cuts = [i * (len(kept) // unit) // count * unit for i in range(count + 1)]
+    cuts = [i * (len(kept) // sharing) // count * sharing for i in range(count + 1)]
     return [kept[a:b] for a, b in itertools.pairwise(cuts)]
 
 

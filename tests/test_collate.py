@@ -120,13 +120,13 @@ def test_micro_batches_carry_about_equal_tokens():
 def test_rows_that_share_a_prompt_stay_together_and_count_it_once():
     groups = [[row(10, n), row(10, m)] for n, m in ((1, 9), (5, 5), (8, 8), (6, 1))]
     rows = [row for group in groups for row in group]
-    first, second = micro_batches(rows, 2, unit=2, share_prompts=True)  # lengths 20, 20, 26 and 17
+    first, second = micro_batches(rows, 2, sharing=2)  # lengths 20, 20, 26 and 17
     assert first == groups[2]
     assert second == groups[0] + groups[1] + groups[3]
     silent = [row(10, 30, 0.0), row(10, 2, 0.0)]
-    assert micro_batches([*silent, *rows], 1, unit=2, drop_zeros=True, share_prompts=True) == [
-        groups[2] + groups[0] + groups[1] + groups[3]
-    ]
+    told = [row(10, 3), *silent]  # of a group of three, one speaks
+    assert micro_batches([*silent, row(10, 2, 0.0), *told], 1, drop_zeros=True, sharing=3) == [told[:1]]
+    assert micro_batches([*silent, *told[:2]], 1, unit=2, drop_zeros=True, sharing=2) == [told[:2]]
 
 
 def test_too_few_rows_for_the_micro_batches():

@@ -117,7 +117,7 @@ def rows_together(unit: int, sharing: int) -> int:
 
 
 def micro_batches(
-    rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bool = False, share_prompts: bool = False
+    rows: Sequence[Row], count: int, unit: int = 1, drop_zeros: bool = False, sharing: int = 0
 ) -> list[list[Row]]:
     """Cut the rows of one optimizer step into exactly ``count`` micro-batches with about equal numbers of tokens.
 
@@ -130,32 +130,37 @@ def micro_batches(
         count: micro-batches per optimizer step.
         unit: rows per unit, see ``Loss.unit``.
         drop_zeros: see ``Loss.drops_zero_advantages``.
-        share_prompts: whether the prompt of a unit is read once.
+        sharing: see :func:`rows_together`, whose sets then are what stays together.
 
     Raises:
-        ValueError: if there are fewer units than micro-batches.
+        ValueError: if there are fewer units, or sets, than micro-batches.
     """
-    units = [list(rows[i : i + unit]) for i in range(0, len(rows), unit)]
-    if len(units) < count:
-        raise ValueError(f"{len(units)} units of {unit} rows cannot fill {count} micro-batches.")
+    size = rows_together(unit, sharing)
+    sets = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+    if len(sets) < count:
+        raise ValueError(f"{len(sets)} units of {size} rows cannot fill {count} micro-batches.")
 
-    def length(unit: list[Row]) -> int:
-        if share_prompts:
-            return len(unit[0].prompt_ids) + sum(len(row.completion.token_ids) for row in unit)
-        return max(len(row) for row in unit)
+    def length(rows: list[Row]) -> int:
+        if sharing:
+            return len(rows[0].prompt_ids) + sum(len(row.completion.token_ids) for row in rows)
+        return max(len(row) for row in rows)
+
+    def speaking(rows: list[Row]) -> list[Row]:
+        units = (rows[i : i + unit] for i in range(0, len(rows), unit))
+        return [row for u in units if not all(row.silent for row in u) for row in u]
 
     if drop_zeros:
-        kept = [u for u in units if not all(row.silent for row in u)]
-        zeros = sorted((u for u in units if all(row.silent for row in u)), key=length)
-        units = kept + zeros[: max(0, count - len(kept))]
-    units.sort(key=length, reverse=True)
-    tokens = torch.tensor([length(u) for u in units]).cumsum(0)
+        kept = [speaks for rows in sets if (speaks := speaking(rows))]
+        zeros = sorted((rows for rows in sets if not speaking(rows)), key=length)
+        sets = kept + zeros[: max(0, count - len(kept))]
+    sets.sort(key=length, reverse=True)
+    tokens = torch.tensor([length(rows) for rows in sets]).cumsum(0)
     cuts = [0]
     for i in range(1, count):
         cut = int(torch.searchsorted(tokens, tokens[-1] * i / count, right=True))
-        cuts.append(min(max(cut, cuts[-1] + 1), len(units) - count + i))
-    cuts.append(len(units))
-    return [[row for u in units[a:b] for row in u] for a, b in itertools.pairwise(cuts)]
+        cuts.append(min(max(cut, cuts[-1] + 1), len(sets) - count + i))
+    cuts.append(len(sets))
+    return [[row for rows in sets[a:b] for row in rows] for a, b in itertools.pairwise(cuts)]
 
 
 def collate(
@@ -216,8 +221,7 @@ def step_batches(
     def collated(parts: list[list[Row]]) -> list[Batch]:
         return [collate(part, total_rows, total_tokens, on_policy, temperature) for part in parts]
 
-    unit = rows_together(loss.unit, sharing)
-    batches = collated(micro_batches(rows, count, unit, loss.drops_zero_advantages, bool(sharing)))
+    batches = collated(micro_batches(rows, count, loss.unit, loss.drops_zero_advantages, sharing))
     if mismatched is not None:
         batches[0].mismatched = collated(micro_batches(mismatched, count))
     return batches
