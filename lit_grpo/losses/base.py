@@ -104,6 +104,10 @@ class Loss(nn.Module, ABC):
     masks_truncated: bool = False
     """Whether completions cut off at ``max_tokens`` get advantage 0."""
 
+    draws_first: int | None = None
+    """Completions of each prompt that are drawn first, the rest of the group only where ``select`` gives all of these
+    the advantage 0; it then sees NaN for the rewards of others, and gives those 0. None: all are drawn at once."""
+
     @abstractmethod
     def select(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the rows that train and their signed weight.
