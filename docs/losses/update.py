@@ -36,6 +36,7 @@ PAGE = """# {name}
 """
 
 YAML = {
+    "AdaptiveGRPO": "AdaptiveGRPO # with data.init_args.group_size 3 or more",
     "DrGRPO": "{class_path: DrGRPO, init_args: {length: 1024}} # the same as rollout.init_args.max_tokens",
     "WeightedSum": "{class_path: WeightedSum, init_args: {losses: [DPO, SFT], weights: [1.0, 0.2]}}",
 }
