@@ -105,8 +105,9 @@ class Loss(nn.Module, ABC):
     """Whether completions cut off at ``max_tokens`` get advantage 0."""
 
     draws_first: int | None = None
-    """Completions of each prompt that are drawn first, the rest of the group only where ``select`` gives all of these
-    the advantage 0; it then sees NaN for the rewards of others, and gives those 0. None: all are drawn at once."""
+    """Completions of each prompt that are drawn first. ``select`` is given these alone, and where all get advantage 0
+    the rest of the group is drawn; it is then given groups of one size, with NaN for rewards of what was not drawn,
+    which get advantage 0. None: all are drawn at once."""
 
     @abstractmethod
     def select(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
