@@ -81,6 +81,11 @@ class Rollout(L.Callback, ABC):
                 "rollout.init_args.one_phase_ahead: the policy has moved on when it trains, so the ratio must be to the"
                 " sampler. Leave model.old_policy as it is."
             )
+        if self.one_phase_ahead and pl_module.loss.draws_first:
+            raise UserError(
+                f"rollout.init_args.one_phase_ahead: {type(pl_module.loss).__name__} draws the rest of a group once its"
+                " first completions are scored, when the engine has newer weights. Leave it out."
+            )
         self.context = data.check_lengths(self.sampling.max_tokens, self.evaluation.max_tokens, pl_module.context)
 
     def sync(self, trainer: L.Trainer, pl_module: Any, canary: bool) -> tuple[Engine, dict[str, float]]:

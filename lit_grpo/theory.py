@@ -170,6 +170,36 @@ def snr_per_trained_row(p: Tensor | float, group_size: float, weights: Tensor | 
     return (signal / share).square()
 
 
+def adaptive_snr(p: Tensor | float, group_size: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""What :func:`snr_per_rollout` and :func:`snr_per_trained_row` are for :class:`~lit_grpo.losses.AdaptiveGRPO`.
+
+    A prompt costs :math:`2 + (G - 2)(1 - 2 p (1 - p))` completions and has signal :math:`p (1 - p)`; noise is
+    :math:`E[\sum A_i^2] / G^2`. Per rollout it lies between groups of two and groups of G that are always drawn whole
+    without normalisation, whose ratio is :math:`(1 - 1/G)\,p (1 - p)`.
+
+    Args:
+        p: ``[...]``.
+        group_size: G, three or more, finite.
+        weights: of a histogram.
+
+    >>> [round(x.item(), 3) for x in adaptive_snr(0.18, group_size=4)]
+    [0.098, 0.209]
+    """
+    if not 3 <= group_size < math.inf:
+        raise ValueError(f"Expected `group_size` to be a whole number >= 3, got {group_size}.")
+    p, size = _check(p, group_size), int(group_size)
+    differ, whole = 2 * p * (1 - p), informative_share(p, size)
+    m = torch.arange(1, size, dtype=p.dtype, device=p.device)  # winners of a whole group
+    ways = m.new_tensor([math.log(math.comb(size, i)) for i in range(1, size)])
+    chance = (ways + torch.special.xlogy(m, p[..., None]) + torch.special.xlog1py(size - m, -p[..., None])).exp()
+    ties = m * (m - 1) + (size - m) * (size - m - 1)
+    squares = 2 * differ + (chance * m * (size - m) / ties).sum(-1) * (size - 2) ** 2 / (size - 1)
+    signal, noise = _mean(differ / 2, weights), _mean(squares, weights) / size**2
+    ratio = torch.where(noise > 0, signal.square() / noise, 0)
+    drawn, trained = 2 + (size - 2) * (1 - differ), 2 * differ + size * (whole - differ)
+    return ratio / _mean(drawn, weights), ratio / _mean(trained, weights)
+
+
 def exploration_probability(p: Tensor | float, group_size: int) -> Tensor:
     r"""Chance of a winner in M groups drawn at pass rates ``p [M]`` (Prop. C.4 of v3, Prop. 4.4 of v1), a scalar.
 

@@ -14,7 +14,7 @@ from lit_grpo.__main__ import main
 ONLINE = ["GRPO", "TwoGRPO", "DAPO", "RLOO", "Reinforce", "GSPO", "CISPO", "DPO", "IPO", "Hinge", "SimPO", "ORPO"]
 ONLINE += ["KTO", "APOZero", "SFT", "KL", "{class_path: DrGRPO, init_args: {length: 5}}"]
 ONLINE += ["{class_path: WeightedSum, init_args: {losses: [DPO, SFT], weights: [1.0, 0.2]}}"]
-OFFLINE = [loss for loss in ONLINE if loss not in ("KL",)]
+OFFLINE = [loss for loss in ONLINE if loss not in ("KL",)] + ["AdaptiveGRPO"]
 
 SUM = """
 model:
@@ -135,6 +135,7 @@ def test_the_settings_of_the_loss_are_printed(task: Path, model: str, tmp_path: 
             "added up",
         ),
         (["--model.loss=DPO", "--model.loss.beta=0"], "beta: expected a number > 0"),
+        (["--model.loss=AdaptiveGRPO"], "draws 2 completions .* Set group_size to 3 or more"),
         (["--model.loss=DPO", "--data.group_size=1"], "DPO compares two completions .* group_size of 2 or more"),
     ],
 )

@@ -43,6 +43,7 @@ from lit_grpo.losses import (
     ORPO,
     RLOO,
     SFT,
+    AdaptiveGRPO,
     APOZero,
     DrGRPO,
     Hinge,
@@ -105,6 +106,7 @@ LOSSES = {
     "simpo": lambda: SimPO(),
     "orpo": lambda: ORPO(),
     "apo zero": lambda: APOZero(),
+    "adaptive": lambda: AdaptiveGRPO(),
 }
 METRICS = {f"train/{name}" for name in ("loss", "margin", "reward_accuracy", "reward_chosen", "nll", "kl_baseline")}
 GROUPS_OF_TWO = {"2-grpo", "2-grpo and sft"}

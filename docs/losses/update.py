@@ -36,6 +36,7 @@ PAGE = """# {name}
 """
 
 YAML = {
+    "AdaptiveGRPO": "AdaptiveGRPO # with data.init_args.group_size 3 or more",
     "DrGRPO": "{class_path: DrGRPO, init_args: {length: 1024}} # the same as rollout.init_args.max_tokens",
     "WeightedSum": "{class_path: WeightedSum, init_args: {losses: [DPO, SFT], weights: [1.0, 0.2]}}",
 }
@@ -141,7 +142,8 @@ def generated(name: str) -> dict[str, str]:
     loss = make(name)
     needs = "It needs the reference model" + (" in every step" if loss.needs_kl_baseline else "")
     if not loss.needs_reference:
-        needs = "It needs no reference model" + (" (unless `beta` is set)" if isinstance(loss, PolicyGradient) else "")
+        may = isinstance(loss, PolicyGradient) and "| `beta` |" in rows
+        needs = "It needs no reference model" + (" (unless `beta` is set)" if may else "")
     silent = "rows with advantage 0 are not forwarded" if loss.drops_zero_advantages else "every row is forwarded"
     if isinstance(loss, WeightedSum):
         needs, silent = "It needs what its losses need", "a row is left out if all its losses would leave it out"

@@ -223,9 +223,11 @@ class PromptData(L.LightningDataModule):
         n: int,
         scored: bool = True,
         stop: Callable[[], bool] = never,
+        begin: int = 0,
     ) -> Drawing:
         """This process's share in answering prompts, given by their place in the phase: not yet begun.
 
+        The n completions of each are those with the numbers from ``begin`` on, whatever was drawn of it before.
         Processes that have the same data (tensor parallelism) share the work.
         """
         place, count = partners(self.trainer)
@@ -233,7 +235,8 @@ class PromptData(L.LightningDataModule):
         decode = functools.partial(self.trainer.lightning_module.tokenizer.batch_decode, skip_special_tokens=True)
         asked = list(mine.values())
         scoring = Scoring(asked, n, decode, self.reward if scored else None)
-        return Drawing(engine, sampling, asked, self.seeds(split, phase, list(mine)), scoring, stop)
+        seeds = [seed + begin for seed in self.seeds(split, phase, list(mine))]
+        return Drawing(engine, sampling, asked, seeds, scoring, stop)
 
     def drawn(self, drawing: Drawing, prompts: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of so many prompts, of which a drawing is this process's share; ``samples`` has theirs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from lit_grpo.data.types import Batch, Group
 from lit_grpo.distributed import data_rank, gather_objects
 from lit_grpo.engines.base import Engine, Sampling, Stopped, never
 from lit_grpo.errors import UserError
+from lit_grpo.losses.base import Loss
 
 
 class RolloutData(PromptData):
@@ -38,7 +40,7 @@ class RolloutData(PromptData):
     Args:
         train: prompts to train on.
         prompts_per_phase: prompts of a phase, over all processes.
-        group_size: completions per prompt.
+        group_size: completions per prompt; the most, with a loss that draws the rest of a group only in ties.
         updates_per_phase: optimizer steps made on one phase's rollouts. Each takes ``trainer.accumulate_grad_batches``
             micro-batches per process.
         resample_ties: replace groups without any advantage by those of fresh prompts, until all have one or
@@ -97,6 +99,7 @@ class RolloutData(PromptData):
         world, accumulate = data_rank(self.trainer)[1], self.trainer.accumulate_grad_batches
         loss = self.trainer.lightning_module.loss
         self.check_limits(self.updates_per_phase * accumulate, self.updates_per_phase * accumulate)
+        self.draws_first = self.check_draws(loss)
         rows_per_prompt = self.rows_per_prompt = checked_select(loss, torch.zeros(1, self.group_size))[0].shape[1]
         share, rest = divmod(self.prompts_per_phase, self.updates_per_phase * world)
         if rest:
@@ -113,17 +116,37 @@ class RolloutData(PromptData):
                 f" update has {share * rows_per_prompt // unit} per process. Lower it, or raise"
                 " data.init_args.prompts_per_phase."
             )
+        counts = dict.fromkeys([self.draws_first, self.group_size])  # one, or the least and the most
+        completions = " to ".join(str(n) for n in counts)
+        rollouts = " to ".join(str(self.prompts_per_phase * n) for n in counts)
         rank_zero_info(
-            f"One phase: {self.prompts_per_phase} prompts x {self.group_size} completions ="
-            f" {self.prompts_per_phase * self.group_size} rollouts -> updates: {self.updates_per_phase}, rows per"
-            f" update: {share * world * rows_per_prompt}, processes: {world}, micro-batches per process and update:"
-            f" {accumulate}."
+            f"One phase: {self.prompts_per_phase} prompts x {completions} completions = {rollouts} rollouts -> updates:"
+            f" {self.updates_per_phase}, rows per update: {share * world * rows_per_prompt}, processes: {world},"
+            f" micro-batches per process and update: {accumulate}."
         )
 
     @property
     def sharing(self) -> int:
         """Rows with the same prompt, if it is read once for them; else 0."""
         return self.rows_per_prompt if self.trainer.lightning_module.share_prompts else 0
+
+    def check_draws(self, loss: Loss) -> int:
+        """How many completions of each prompt are drawn at first; all, unless the loss says otherwise."""
+        if loss.draws_first is None:
+            return self.group_size
+        name = type(loss).__name__
+        if self.group_size <= loss.draws_first:
+            raise UserError(
+                f"data.init_args.group_size: {name} draws {loss.draws_first} completions of a prompt, and the rest of"
+                f" its group in ties, got groups of {self.group_size}. Set group_size to {loss.draws_first + 1} or"
+                " more."
+            )
+        if self.resample_ties:
+            raise UserError(
+                f"data.init_args.resample_ties: {name} draws more of the prompts that are tied, and does not replace"
+                " them. Leave it out, or set model.loss to TwoGRPO."
+            )
+        return loss.draws_first
 
     def phase_prompts(self, phase: int) -> list[Prompt]:
         """All prompts of a phase, in order: the training set is gone through in a new random order each time."""
@@ -196,9 +219,34 @@ class RolloutData(PromptData):
             "rollouts_per_group": drawn / self.prompts_per_phase,
         }
 
-    def train_drawing(self, engine: Engine, sampling: Sampling, phase: int, prompts: dict[int, Prompt]) -> Drawing:
+    def draw_the_rest(
+        self, engine: Engine, sampling: Sampling, phase: int, groups: list[Group], stats: dict[str, float]
+    ) -> dict[str, float]:
+        """Draw the rest of those groups whose first completions have no advantage, and fill up the others.
+
+        Stand-ins make all groups equally large: they have reward NaN, and so no advantage, and are no samples.
+        """
+        rewards, samples = torch.tensor([group.rewards for group in groups], dtype=torch.float64), self.samples
+        ties = (checked_select(self.trainer.lightning_module.loss, rewards)[1] == 0).all(-1).tolist()
+        share = dict(itertools.compress(self.share_of(phase).items(), ties))
+        drawing = self.train_drawing(engine, sampling, phase, share, begin=self.draws_first)
+        rest, more = self.drawn_by_all(drawing, len(share))
+        missing, found = self.group_size - self.draws_first, iter(rest)
+        for group, tie in zip(groups, ties, strict=True):
+            stand_ins = Group(group.prompt_ids, (group.completions * missing)[:missing], [math.nan] * missing)
+            others = next(found) if tie else stand_ins
+            group.completions += others.completions
+            group.rewards += others.rewards
+        self.samples = samples + self.samples
+        self.rollouts += missing * sum(gather_objects(len(rest), self.trainer))
+        return {name: stats[name] + more[name] for name in stats} | {"extended_share": len(rest) / len(groups)}
+
+    def train_drawing(
+        self, engine: Engine, sampling: Sampling, phase: int, prompts: dict[int, Prompt], begin: int = 0
+    ) -> Drawing:
         """As ``drawing``, of prompts to train on, which is given up where the run is to end."""
-        return self.drawing(engine, sampling, "train", phase, prompts, self.group_size, stop=lambda: self.stop_wanted())
+        n = self.group_size - begin if begin else self.draws_first
+        return self.drawing(engine, sampling, "train", phase, prompts, n, stop=lambda: self.stop_wanted(), begin=begin)
 
     def drawn_by_all(self, drawing: Drawing, prompts: int) -> tuple[list[Group], dict[str, float]]:
         """As ``drawn``.
@@ -249,10 +297,12 @@ class RolloutData(PromptData):
         stale = self.ahead is not None and self.ahead[0] == phase
         drawing = self.ahead[1] if stale and self.ahead else self.train_drawing(engine, sampling, phase, prompts)
         groups, stats = self.drawn_by_all(drawing, len(prompts))
-        self.rollouts, self.ahead = self.prompts_per_phase * self.group_size, None
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # before ties are replaced
+        self.rollouts, self.ahead = self.prompts_per_phase * self.draws_first, None
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # before more is drawn of ties
         if self.resample_ties:
             stats = self.replace_ties(engine, sampling, phase, groups, stats)
+        if self.draws_first < self.group_size:
+            stats = self.draw_the_rest(engine, sampling, phase, groups, stats)
 
         rows = self.select_rows(groups)
         per_update = len(rows) // self.updates_per_phase

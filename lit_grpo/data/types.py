@@ -50,6 +50,7 @@ class Group:
     prompt_ids: list[int]
     completions: list[Completion]
     rewards: list[float]
+    """NaN where a completion was not drawn, and another one stands in its place."""
 
 
 @dataclass

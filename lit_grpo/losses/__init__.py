@@ -1,5 +1,6 @@
 """Objectives. Each is one short file; any of them, or your own, goes under ``model.loss`` in YAML."""
 
+from lit_grpo.losses.adaptive_grpo import AdaptiveGRPO
 from lit_grpo.losses.base import Loss, LossInputs, LossOutput, aggregate, mean_over, share_of
 from lit_grpo.losses.cispo import CISPO
 from lit_grpo.losses.dapo import DAPO
@@ -36,6 +37,7 @@ __all__ = [
     "RLOO",
     "SFT",
     "APOZero",
+    "AdaptiveGRPO",
     "Clipped",
     "CosineSchedule",
     "DrGRPO",

@@ -104,6 +104,11 @@ class Loss(nn.Module, ABC):
     masks_truncated: bool = False
     """Whether completions cut off at ``max_tokens`` get advantage 0."""
 
+    draws_first: int | None = None
+    """Completions of each prompt that are drawn first. ``select`` is given these alone, and where all get advantage 0
+    the rest of the group is drawn; it is then given groups of one size, with NaN for rewards of what was not drawn,
+    which get advantage 0. None: all are drawn at once."""
+
     @abstractmethod
     def select(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the rows that train and their signed weight.

@@ -43,6 +43,11 @@ class WeightedSum(Loss):
             )
         if any(isinstance(loss, WeightedSum) for loss in losses):
             raise UserError("model.loss.init_args.losses: a WeightedSum inside a WeightedSum; put its losses here.")
+        if adaptive := [type(loss).__name__ for loss in losses if loss.draws_first]:
+            raise UserError(
+                f"model.loss.init_args.losses: {adaptive[0]} decides which completions are drawn, and other losses"
+                " would train on that choice. Use it alone, or TwoGRPO in the sum."
+            )
         self.losses, self.weights = nn.ModuleList(losses), weights
         kinds = [type(loss).__name__ for loss in losses]
         self.names = [k if kinds.count(k) == 1 else f"{k}_{j}" for j, k in enumerate(kinds)]
