@@ -24,9 +24,14 @@ OUTSIDE = [
 ]
 
 
+def drawn(tex: str, display: str) -> str:
+    """TeX as MathML. The names of functions get the space that TeX leaves after them."""
+    return re.sub(r"<mi>[a-z]{2,}</mi>", r'<mrow>\g<0><mspace width="0.17em" /></mrow>', convert(tex, display=display))
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Formulas in fences of their own become MathML."""
-    math = {"name": "math", "class": "", "format": lambda tex, *_, **__: convert(tex, display="block")}
+    math = {"name": "math", "class": "", "format": lambda tex, *_, **__: drawn(tex, "block")}
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [math]}
     return config
 
@@ -53,4 +58,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas within a line, which GitHub has between ``$` `` and `` `$``, become MathML."""
-    return re.sub(r"\$<code>(.*?)</code>\$", lambda match: convert(unescape(match[1])), html)
+    return re.sub(r"\$<code>(.*?)</code>\$", lambda match: drawn(unescape(match[1]), "inline"), html)
