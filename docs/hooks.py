@@ -26,7 +26,8 @@ OUTSIDE = [
 
 def drawn(tex: str, display: str) -> str:
     """TeX as MathML. The names of functions get the space that TeX leaves after them."""
-    return re.sub(r"<mi>[a-z]{2,}</mi>", r'<mrow>\g<0><mspace width="0.17em" /></mrow>', convert(tex, display=display))
+    found = convert(tex.replace(r"\_", "_"), display=display)  # which takes what is escaped within \text as it stands
+    return re.sub(r"<mi>[a-z]{2,}</mi>", r'<mrow>\g<0><mspace width="0.17em" /></mrow>', found)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -21,12 +22,12 @@ class Page(HTMLParser):
         super().__init__()
         self.loads: list[str] = []
         self.links: list[str] = []
-        self.anchors: set[str | None] = set()
+        self.anchors: set[str] = set()
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        self.anchors.add(given.get("id"))
+        self.anchors.add(given.get("id") or "")
         if tag == "a":
             self.links += [link for link in [given.get("href")] if link]
         else:
@@ -74,7 +75,18 @@ def test_every_formula_is_drawn(site: Path):
     for source in (ROOT / "docs" / "losses").glob("*.md"):
         text = source.read_text()
         built = (site / "losses" / source.with_suffix(".html").name.replace("README", "index")).read_text()
-        drawn = re.findall(r"<math .*?</math>", built, re.DOTALL)
-        assert len(drawn) == text.count("```math") + text.count("$`"), source.name
-        assert not re.search(r"\\|<merror", "".join(drawn)), source.name
-        assert "$<code>" not in built
+        assert built.count("<math ") == text.count("```math") + text.count("$`"), source.name
+    for path in site.rglob("*.html"):
+        built = path.read_text()
+        drawn = "".join(re.findall(r"<math .*?</math>", built, re.DOTALL))
+        assert "\\" not in drawn, f"{path.name}: what begins with a backslash was not understood"
+        assert not re.search(r"\$<code>|:math:|\.\. math::", built), path.name
+
+
+def test_the_reference_has_all_public_names(pages: dict[Path, Page]):
+    for name in ("lit_grpo.losses", "lit_grpo.data", "lit_grpo.engines", "lit_grpo.metrics", "callbacks"):
+        page = next(page for path, page in pages.items() if path.match(f"reference/{name.split('.')[-1]}.html"))
+        for public in import_module(name).__all__:
+            assert any(anchor.startswith(f"{name}.") and anchor.endswith(f".{public}") for anchor in page.anchors), (
+                public
+            )
