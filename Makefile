@@ -3,6 +3,7 @@
 # make test-long     those that take minutes each
 # make bench         the benchmarks of docs/performance.md, two hours or so
 # make lint          ruff and mypy
+# make docs          the documentation as a site, in site/
 # Each creates .venv when it is missing and installs what it needs. PYTHON=python3.12 make ... chooses the interpreter.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
 
-.PHONY: quickstart test test-long bench lint format clean
+.PHONY: quickstart test test-long bench docs lint format clean
 
 quickstart: $(if $(filter VLLMRollout,$(ROLLOUT)),$(VENV)/.dev,$(VENV)/.core)
 	$(BIN)/python -m lit_grpo.quickstart --seed $(SEED) --rollout $(ROLLOUT)
@@ -37,6 +38,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/breakdown.py
 	$(BIN)/python benchmarks/techniques.py
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -63,4 +67,9 @@ $(VENV)/.core: $(BIN)/uv pyproject.toml constraints.txt
 $(VENV)/.dev: $(BIN)/uv pyproject.toml constraints.txt
 	@echo "Installing what lit_grpo and its tests need into $(VENV) ..."
 	$(INSTALL) --editable ".[$(EXTRAS)]"
+	@touch $@ $(VENV)/.core $(VENV)/.docs
+
+$(VENV)/.docs: $(BIN)/uv pyproject.toml constraints.txt
+	@echo "Installing what lit_grpo and its site need into $(VENV) ..."
+	$(INSTALL) --editable ".[docs]"
 	@touch $@ $(VENV)/.core

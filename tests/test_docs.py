@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import runpy
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,14 +71,87 @@ def test_links_lead_somewhere(page: Path):
         assert (page.parent / target).exists(), target
 
 
-def test_the_readmes_run_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def python_of(page: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages name: ``configs/``, the README's run, losses and rewards of the user's own."""
     run, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "run.yaml").write_text(run)
-    assert len(run.splitlines()) <= 25
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", f"--config={tmp_path / 'run.yaml'}", "--print_config"])
+    for name in ("run.yaml", "config.yaml"):
+        (tmp_path / name).write_text(run)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my_file.py").write_text(python_of("docs/adding_a_loss.md"))
+    (tmp_path / "my_rewards.py").write_text(python_of("docs/adding_a_reward.md"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said_by(*args: str) -> str:
+    """What a command prints that parses everything and then stops."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(said):
+        main([*args, "--print_config"])
     assert stop.value.code == 0
-    assert "group_size: 2" in capsys.readouterr().out
+    return said.getvalue()
+
+
+def commands() -> list[object]:
+    """Every command line of ``lit-grpo`` in a block, and those between backticks that are whole."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = re.findall(r"^lit-grpo .*", "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
+        lines += [line for line in re.findall(r"`(lit-grpo \w+ [^`]+)`", text) if not re.search(r"\.\.\.| \| ", line)]
+        found += [pytest.param(line, id=f"{page.relative_to(ROOT)}-{i}") for i, line in enumerate(lines)]
+    return found
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    command, *args = shlex.split(line.replace("FILE", "run.yaml"), comments=True)[1:]
+    if command == "export":
+        asked: list[Any] = []
+        monkeypatch.setattr("lit_grpo.cli.checkpoint_at", lambda path, key: path)
+        monkeypatch.setattr("lit_grpo.cli.export", lambda *arguments: asked.extend(arguments))
+        main([command, *args])
+        assert asked[:3] == [Path(args[0]), Path(args[1]), "--merge" in args]
+    else:
+        assert said_by(command, *args)
+
+
+def whole(block: str) -> dict[str, Any]:
+    """A block of a page as a file: what shows one key alone is put where it belongs."""
+    given = yaml.safe_load(block)
+    if "loss" in given:
+        return {"model": given}
+    return {"data": {"init_args": given}} if "train" in given or "reward" in given else given
+
+
+def is_in(given: Any, found: Any) -> bool:
+    """Whether a configuration has everything that was given; names of classes may be short."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        return all(key in found and is_in(value, found[key]) for key, value in given.items())
+    if isinstance(found, dict) and isinstance(given, str):
+        return is_in(given, found["class_path"])
+    if isinstance(found, list) and isinstance(given, list):
+        return len(given) == len(found) and all(map(is_in, given, found))
+    return found == given or (isinstance(given, str) and str(found).endswith(f".{given}"))
+
+
+@pytest.mark.parametrize("block", [p for p in blocks("yaml") if "docs/losses" not in str(p.id)])
+def test_yaml_parses_and_nothing_of_it_is_lost(block: str, workplace: Path):
+    given = whole(block)
+    evaluates = "test" in given.get("data", {}).get("init_args", {})
+    base = ["test", "-c", "configs/eval/math.yaml"] if evaluates else ["fit", "-c", "configs/quickstart.yaml"]
+    (workplace / "block.yaml").write_text(yaml.safe_dump(given))
+    found = yaml.safe_load(said_by(*base, "-c", "block.yaml"))
+    assert is_in(given, found), found
+
+
+def test_the_readmes_run_is_short(workplace: Path):
+    assert len((workplace / "run.yaml").read_text().splitlines()) <= 25
 
 
 def test_commands_of_the_readme_are_targets_of_make():
@@ -83,20 +160,15 @@ def test_commands_of_the_readme_are_targets_of_make():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_losses_and_rewards_of_the_users_own_files_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Path):
+def test_losses_and_rewards_of_the_users_own_files_work(workplace: Path, task: Path):
     """The examples of the pages, in a folder of their own, named by their import path alone."""
-    loss = (ROOT / "docs" / "adding_a_loss.md").read_text()
-    reward = (ROOT / "docs" / "adding_a_reward.md").read_text()
-    (tmp_path / "my_loss.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", loss, re.DOTALL)))
-    (tmp_path / "my_rewards.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", reward, re.DOTALL)))
-    monkeypatch.chdir(tmp_path)
     main(
         [
             "fit",
-            f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+            "--config=configs/quickstart.yaml",
             "--run_dir=run",
             f"--model.model={task / 'model'}",
-            "--model.loss=my_loss.MeanBaseline",
+            "--model.loss=my_file.MeanBaseline",
             f"--data.train.path={task / 'train.jsonl'}",
             "--data.val=null",
             "--data.reward={class_path: my_rewards.Within, init_args: {distance: 10}}",
@@ -104,7 +176,7 @@ def test_losses_and_rewards_of_the_users_own_files_work(tmp_path: Path, monkeypa
             "--trainer.max_epochs=1",
         ]
     )
-    assert (tmp_path / "run" / "pretrained").is_dir()
+    assert (workplace / "run" / "pretrained").is_dir()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "configs" / "cluster").iterdir()), ids=lambda path: path.name)
@@ -119,24 +191,3 @@ def test_jobs_of_clusters_are_shell_and_their_commands_parse(
         main(["fit", *command[1].replace('"$NODES"', "2").split(), "--print_config"])
     assert stop.value.code == 0
     assert "strategy: fsdp2" in capsys.readouterr().out
-
-
-def test_yaml_of_the_page_on_processes_parses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    files = [tmp_path / f"{i}.yaml" for i in range(len(blocks))]
-    for file, block in zip(files, blocks, strict=True):
-        file.write_text(block)
-    with pytest.raises(SystemExit) as stop:
-        main(
-            [
-                "fit",
-                f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
-                *(f"--config={file}" for file in files),
-                "--print_config",
-            ]
-        )
-    assert stop.value.code == 0
-    found = capsys.readouterr().out
-    assert "tensor_parallel_size: 2" in found
-    assert "alpha: 32" in found

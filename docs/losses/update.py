@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lit_grpo import losses
 from lit_grpo.losses import DPO, SFT, Clipped, DrGRPO, Loss, LossInputs, PolicyGradient, WeightedSum, diagnostics
 
 FOLDER = Path(__file__).parent
+to_markdown = runpy.run_path(str(FOLDER.parent / "docstrings.py"))["to_markdown"]
 ABSTRACT = {"Loss", "PolicyGradient", "Clipped", "Pairwise"}
 NAMES = [n for n, c in vars(losses).items() if inspect.isclass(c) and issubclass(c, Loss) and n not in ABSTRACT]
 PAGE = """# {name}
@@ -75,19 +77,6 @@ Every run logs besides, under `train/`: `loss`, `grad_norm`, `advantage_mean`, `
 
 def make(name: str) -> Loss:
     return INSTANCES.get(name) or getattr(losses, name)()
-
-
-def to_markdown(text: str) -> str:
-    """The little reStructuredText of our docstrings as Markdown with formulas."""
-
-    def block(match: re.Match[str]) -> str:
-        return "\n```math\n" + inspect.cleandoc(match[1]).strip() + "\n```\n"
-
-    text = text.replace("``", "`")
-    text = re.sub(r"\n\.\. math::\n((?:[ ]{4}.*\n|\n(?=[ ]{4}))+)", block, text + "\n")
-    text = re.sub(r":math:`([^`]*)`", lambda m: f"$`{' '.join(m[1].split())}`$", text)
-    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-    return text.strip()
 
 
 def sections(name: str) -> dict[str, str]:
