@@ -29,7 +29,8 @@ class AdaptiveGRPO(Clipped):
 
     On-policy, the expected gradient is exactly that of 2-GRPO with the same aggregation, whatever the policy, if
     rewards take fewer than G different values, such as 0 and 1 (``sequence_sum`` then ascends the pass rate itself). Of
-    other rewards it leaves out what whole groups without any tie would have said; with continuous ones, 2/G of the gradient is left.
+    other rewards it leaves out what whole groups without any tie would have said; with continuous ones, 2/G of the
+    gradient is left.
 
     The loss is the mean over G completions of every prompt. One that was not drawn has advantage 0 and is never
     forwarded. ``token_mean``, which alone is not exact, takes it to be as long as the two that were.
