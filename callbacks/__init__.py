@@ -13,6 +13,7 @@ from callbacks.rollout import HFRollout, Rollout, VLLMRollout
 from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
 from callbacks.stop_on_signal import StopOnSignal
+from callbacks.theory_monitor import TheoryMonitor
 from callbacks.whereabouts import Whereabouts
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SampleTable",
     "SavePretrained",
     "StopOnSignal",
+    "TheoryMonitor",
     "VLLMRollout",
     "Whereabouts",
 ]

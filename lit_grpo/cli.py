@@ -34,6 +34,7 @@ from callbacks import (  # noqa: F401
     SampleTable,
     SavePretrained,
     StopOnSignal,
+    TheoryMonitor,
     VLLMRollout,
     Whereabouts,
 )

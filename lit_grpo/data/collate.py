@@ -183,6 +183,7 @@ def step_batches(
     mismatched: Sequence[Row] | None,
     on_policy: bool = False,
     temperature: float = 1.0,
+    first_half: int | None = None,
 ) -> list[Batch]:
     """The micro-batches of one optimizer step on this process.
 
@@ -195,12 +196,19 @@ def step_batches(
         mismatched: see :func:`mismatched_rows`; None where the loss does not need them.
         on_policy: see :class:`~lit_grpo.data.types.Batch`.
         temperature: the same.
+        first_half: this many of the rows make up the first half of the micro-batches, the others the second. If not
+            given, any row may be in any micro-batch.
     """
 
     def collated(parts: list[list[Row]]) -> list[Batch]:
         return [collate(part, total_rows, total_tokens, on_policy, temperature) for part in parts]
 
-    batches = collated(micro_batches(rows, count, loss.unit, loss.drops_zero_advantages))
+    parts = [rows] if first_half is None else [rows[:first_half], rows[first_half:]]
+    batches = [
+        batch
+        for part in parts
+        for batch in collated(micro_batches(part, count // len(parts), loss.unit, loss.drops_zero_advantages))
+    ]
     if mismatched is not None:
         batches[0].mismatched = collated(micro_batches(mismatched, count))
     return batches
