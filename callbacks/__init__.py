@@ -6,6 +6,7 @@
 from callbacks.checkpoints import Checkpoints
 from callbacks.learning_curve import LearningCurve
 from callbacks.ledger import Ledger
+from callbacks.outliers import Outliers
 from callbacks.progress import PhaseProgress
 from callbacks.reference_cache import ReferenceCache
 from callbacks.results import Results
@@ -21,6 +22,7 @@ __all__ = [
     "HFRollout",
     "LearningCurve",
     "Ledger",
+    "Outliers",
     "PhaseProgress",
     "ReferenceCache",
     "Results",
