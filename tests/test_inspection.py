@@ -52,6 +52,9 @@ class TestByHand:
         lists = inspect(SAMPLES, [], "").lists
         assert [row["shown"] for row in lists["Best"]] == ["1", "0.5", "0", "-0.5"]
         assert [row["shown"] for row in lists["Worst"]] == ["-0.5", "0", "0.5", "1"]
+        tied = [sample(prompt, text, 1.0) for prompt in "ab" for text in "xyz"]
+        best = inspect(tied, [], "").lists["Best"]
+        assert [row["prompt"] + row["completion"] for row in best] == ["ax", "bx", "ay", "by", "az"]
         assert not any("clip" in name or "mismatch" in name for name in lists)
 
     def test_outliers_come_in_order(self):
@@ -79,6 +82,8 @@ class TestByHand:
             (9, 10, 2, 0, 0.5),
         ]
         assert [part[2] for part in by_length(rows[:3])] == [1, 1, 1]
+        alike = [sample("", "", 1.0, tokens=min(i, 4)) for i in range(10)]
+        assert [part[:3] for part in by_length(alike)] == [(0, 1, 2), (2, 3, 2), (4, 4, 6)]
 
     def test_long_texts_lose_their_middle(self):
         assert short("one\ntwo") == "one ↵ two"

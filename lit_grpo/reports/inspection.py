@@ -118,9 +118,14 @@ def share(holds: Any) -> float:
 
 
 def top(rows: list[Row], key: Callable[[Row], float], form: str, largest: bool = True) -> list[Row]:
-    """The first rows by a number, which they then have under ``shown`` as text."""
-    chosen = sorted(rows, key=key, reverse=largest)[:SHOWN]
-    return [row | {"shown": form.format(key(row))} for row in chosen]
+    """The first rows by a number, which they then have under ``shown`` as text; ties go round the prompts."""
+    before: Counter[str] = Counter()
+    places: list[tuple[float, int, int]] = []
+    for row in rows:
+        value = key(row)
+        places.append((-value if largest else value, before[row["prompt"]], len(places)))
+        before[row["prompt"]] += 1
+    return [rows[i] | {"shown": form.format(key(rows[i]))} for _, _, i in sorted(places)[:SHOWN]]
 
 
 def repetition(text: str) -> float:
@@ -135,20 +140,16 @@ def repetition(text: str) -> float:
 
 
 def by_length(samples: list[Row]) -> list[tuple[int, int, int, float, float]]:
-    """Fifths of the completions from the shortest to the longest, see :class:`Inspection`."""
-    rows = sorted(samples, key=lambda row: row["num_tokens"])
-    parts = [rows[i * len(rows) // 5 : (i + 1) * len(rows) // 5] for i in range(5)]
-    return [
-        (
-            part[0]["num_tokens"],
-            part[-1]["num_tokens"],
-            len(part),
-            statistics.mean(row["reward"] or 0.0 for row in part),
-            share(row["truncated"] for row in part),
-        )
-        for part in parts
-        if part
-    ]
+    """Fifths of the completions, see :class:`Inspection`; where many have the same length, they stay together."""
+    lengths = sorted(row["num_tokens"] for row in samples)
+    starts = sorted({lengths[i * len(lengths) // 5] for i in range(5)})
+    table = []
+    for first, end in zip(starts, [*starts[1:], lengths[-1] + 1], strict=True):
+        part = [row for row in samples if first <= row["num_tokens"] < end]
+        longest = max(row["num_tokens"] for row in part)
+        mean = statistics.mean(row["reward"] or 0.0 for row in part)
+        table.append((first, longest, len(part), mean, share(row["truncated"] for row in part)))
+    return table
 
 
 def short(text: str, width: int = 80) -> str:
