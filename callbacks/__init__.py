@@ -6,6 +6,7 @@
 from callbacks.checkpoints import Checkpoints
 from callbacks.learning_curve import LearningCurve
 from callbacks.ledger import Ledger
+from callbacks.outliers import Outliers
 from callbacks.progress import PhaseProgress
 from callbacks.reference_cache import ReferenceCache
 from callbacks.results import Results
@@ -13,6 +14,7 @@ from callbacks.rollout import HFRollout, Rollout, VLLMRollout
 from callbacks.sample_table import SampleTable
 from callbacks.save_pretrained import SavePretrained
 from callbacks.stop_on_signal import StopOnSignal
+from callbacks.theory_monitor import TheoryMonitor
 from callbacks.whereabouts import Whereabouts
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "HFRollout",
     "LearningCurve",
     "Ledger",
+    "Outliers",
     "PhaseProgress",
     "ReferenceCache",
     "Results",
@@ -27,6 +30,7 @@ __all__ = [
     "SampleTable",
     "SavePretrained",
     "StopOnSignal",
+    "TheoryMonitor",
     "VLLMRollout",
     "Whereabouts",
 ]

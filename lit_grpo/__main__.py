@@ -8,6 +8,7 @@ from pathlib import Path
 
 HELP = """usage: lit-grpo {fit,validate,test,predict} [-c CONFIG ...] [--KEY VALUE ...]
        lit-grpo export CKPT OUT [--merge] [--model MODEL]
+       lit-grpo inspect RUN [--phase N] [--split train|val]
 
 RL post-training of language models on Lightning.
 
@@ -17,6 +18,7 @@ commands:
   test       sample benchmarks and write tables of Mean@k, Pass@k and their relatives
   predict    sample prompts and write the completions to the run folder
   export     write the policy of a checkpoint as a Hugging Face folder
+  inspect    print what stands out in a phase's samples, and write it as a page
 
 Every key of a config file can be given or changed on the command line, later ones win:
   lit-grpo fit -c configs/paper/2grpo.yaml --model.loss GRPO --data.group_size 16 --data.updates_per_phase 16
@@ -38,6 +40,11 @@ def main(args: list[str] | None = None) -> None:
     from lit_grpo.errors import UserError, mistakes_end_with_a_message
 
     with mistakes_end_with_a_message("lit-grpo"):
+        if args[0] == "inspect":
+            from lit_grpo.reports.inspection import run_inspect
+
+            run_inspect(args[1:])
+            return
         found = find_spec("callbacks")
         if found is None or found.origin is None or not Path(found.origin).with_name("rollout.py").exists():
             raise UserError(

@@ -27,6 +27,7 @@ from callbacks import (  # noqa: F401
     HFRollout,
     LearningCurve,
     Ledger,
+    Outliers,
     PhaseProgress,
     ReferenceCache,
     Results,
@@ -34,6 +35,7 @@ from callbacks import (  # noqa: F401
     SampleTable,
     SavePretrained,
     StopOnSignal,
+    TheoryMonitor,
     VLLMRollout,
     Whereabouts,
 )
@@ -188,6 +190,7 @@ class CLI(LightningCLI):
             config["num_sanity_val_steps"] = 0  # the curve has its first point
         first: list[L.Callback] = [*(one for one in callbacks if isinstance(one, Resume)), SavePretrained()]
         callbacks = [*(one for one in callbacks if one not in first), LearningCurve(), Results(), StopOnSignal()]
+        callbacks += [Outliers(one.every_n_phases) for one in callbacks if isinstance(one, SampleTable)]
         if config["enable_progress_bar"] is not False:
             callbacks = [PhaseProgress(), *callbacks]
         if config["max_time"] is not None:  # Lightning's own timer would stop inside a phase

@@ -101,6 +101,8 @@ class PolicyModule(L.LightningModule):
         self.kl_baseline: Tensor | None = None
         self.skipped_in_a_row = 0
         self.grad_norm: Tensor | None = None
+        self.logps: Tensor | None = None
+        """Of the latest micro-batch, ``[N, T - 1]`` without gradient, for callbacks to look at."""
         self.tally = Tally()
         self.seconds_scoring = 0.0
         """Taken by log-probs without gradient since a callback set it to 0."""
@@ -201,6 +203,7 @@ class PolicyModule(L.LightningModule):
             ref_logps = self.logps_of(self.reference, batch)
         entropy_wanted = self.loss.needs_entropy or self.log_entropy
         logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted, batch.places)
+        self.logps = logps.detach()
         if self.unproven and len(batch.tokens) > 1:  # a single row is packed rightly whatever the attention
             self.compare_with_plain(logps.detach(), batch)
         if batch_idx == 0 and batch.sampler_logps is not None:

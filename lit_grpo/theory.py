@@ -14,12 +14,14 @@ What does not fit raises ``ValueError``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_grpo.losses import GRPO
+from lit_grpo.losses.advantages import rounding
 
 
 def _check(p: Tensor | float, group_size: float = 2) -> Tensor:
@@ -115,6 +117,46 @@ def informative_share(p: Tensor | float, group_size: float, weights: Tensor | No
     return _mean(1 - p**group_size - (1 - p) ** group_size, weights)
 
 
+def estimated_informative_share(winners: Tensor, completions: Tensor | int, group_size: int) -> Tensor:
+    r"""Unbiased estimate of :func:`informative_share` for prompts whose pass rates are known by some completions only.
+
+    It is the share of mixed groups among all groups of G that can be made of a prompt's n completions, k of them
+    winners: :math:`1 - \binom{k}{G} / \binom{n}{G} - \binom{n - k}{G} / \binom{n}{G}`. The formula at the estimate
+    :math:`\hat p = k / n` would on average be too small, as it is concave: 1 - 1/n of the truth at G = 2, so one half
+    where n = 2. For the same reason the formula at a mean pass rate is too large for prompts of different pass rates.
+
+    Args:
+        winners: k, ``[...]``.
+        completions: n, ``[...]`` or the same for all, at least G.
+        group_size: G.
+
+    >>> estimated_informative_share(torch.tensor([0, 1, 2]), 4, group_size=2)
+    tensor([0.0000, 0.5000, 0.6667], dtype=torch.float64)
+    """
+    k, n = winners.double()[..., None], torch.as_tensor(completions, dtype=torch.float64)[..., None]
+    if group_size < 2 or not ((k >= 0) & (k <= n) & (n >= group_size)).all():
+        raise ValueError(f"Expected 0 <= winners <= completions and 2 <= group_size {group_size} <= completions.")
+    drawn = torch.arange(group_size, dtype=torch.float64)
+    alike = [((same - drawn).clamp(min=0) / (n - drawn)).prod(-1) for same in (k, n - k)]
+    return 1 - alike[0] - alike[1]
+
+
+def effective_pairs(rewards: Tensor) -> Tensor:
+    """Rewards ``[P, G]`` to the informative pairs ``[P]`` that each group would have, were it paired up at random.
+
+    A group of w winners and l losers, cut into G / 2 pairs, has w l / (G - 1) mixed ones on average. So this is what
+    2-GRPO would have learned from, had it the same completions; a group of two has 1, or 0 if it is tied. Rewards that
+    differ by rounding only are equal.
+
+    >>> effective_pairs(torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    tensor([1.3333, 1.0000, 0.0000], dtype=torch.float64)
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"Expected `rewards` of shape [P, G] with G >= 2, got {list(rewards.shape)}.")
+    differ = (rewards[:, :, None] - rewards[:, None]).abs() > rounding(rewards)[..., None]
+    return differ.double().sum((1, 2)) / 2 / (rewards.shape[1] - 1)
+
+
 def discard_rate(p: Tensor | float) -> Tensor:
     """Share of pairs without a gradient, p^2 + (1 - p)^2 >= 1/2 (Table 3 of v3; its appendix D.3 prints 1 minus this).
 
@@ -198,6 +240,31 @@ def adaptive_snr(p: Tensor | float, group_size: int, weights: Tensor | None = No
     ratio = torch.where(noise > 0, signal.square() / noise, 0)
     drawn, trained = 2 + (size - 2) * (1 - differ), 2 * differ + size * (whole - differ)
     return ratio / _mean(drawn, weights), ratio / _mean(trained, weights)
+
+
+def signal_and_noise(halves: Iterable[tuple[Tensor, Tensor]], share: float) -> Tensor:
+    r"""Unbiased estimates ``[2]`` of a gradient's squared mean and of its variance, from its two halves.
+
+    The gradient is a sum over independent groups, :math:`g = g_A + g_B`, of which A has the share f. Scaled to the
+    whole, :math:`h_A = g_A / f` and :math:`h_B = g_B / (1 - f)` are independent and have the mean of g. So
+    :math:`h_A \cdot h_B` estimates :math:`|E g|^2`, and may be negative; :math:`f (1 - f) |h_A - h_B|^2`, which is
+    :math:`|g_A - g_B|^2` of equal halves, estimates the trace of :math:`Cov(g)`.
+
+    Args:
+        halves: :math:`g_A, g_B` of each parameter, both of one shape.
+        share: f, above 0 and below 1.
+
+    >>> signal_and_noise([(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))], share=0.5)
+    tensor([4., 4.], dtype=torch.float64)
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"Expected `share` above 0 and below 1, got {share}.")
+    both = [(a.flatten(), b.flatten()) for a, b in halves]
+    aa, ab, bb = (
+        torch.stack([torch.dot(pair[i], pair[j]) for pair in both]).double().sum() for i, j in ((0, 0), (0, 1), (1, 1))
+    )
+    rest = 1 - share
+    return torch.stack([ab / (share * rest), aa * rest / share - 2 * ab + bb * share / rest])
 
 
 def exploration_probability(p: Tensor | float, group_size: int) -> Tensor:

@@ -203,6 +203,7 @@ def step_batches(
     on_policy: bool = False,
     temperature: float = 1.0,
     sharing: int = 0,
+    first_half: int | None = None,
 ) -> list[Batch]:
     """The micro-batches of one optimizer step on this process.
 
@@ -216,12 +217,19 @@ def step_batches(
         on_policy: see :class:`~lit_grpo.data.types.Batch`.
         temperature: the same.
         sharing: consecutive rows with the same prompt, where it is read once for several of them; else 0.
+        first_half: this many of the rows make up the first half of the micro-batches, the others the second. If not
+            given, any row may be in any micro-batch.
     """
 
     def collated(parts: list[list[Row]]) -> list[Batch]:
         return [collate(part, total_rows, total_tokens, on_policy, temperature) for part in parts]
 
-    batches = collated(micro_batches(rows, count, loss.unit, loss.drops_zero_advantages, sharing))
+    parts = [rows] if first_half is None else [rows[:first_half], rows[first_half:]]
+    batches = [
+        batch
+        for part in parts
+        for batch in collated(micro_batches(part, count // len(parts), loss.unit, loss.drops_zero_advantages, sharing))
+    ]
     if mismatched is not None:
         batches[0].mismatched = collated(micro_batches(mismatched, count))
     return batches

@@ -83,6 +83,8 @@ class RolloutData(PromptData):
         """Asked while a phase is sampled whether to give it up."""
         self.rollouts = 0
         """Completions sampled in the latest phase by all processes."""
+        self.halved = False
+        """Whether one half of an update's groups is read before the other; then micro-batches are an even number."""
         self.ahead: tuple[int, Drawing] | None = None
         """A later phase, and its rollouts as they are being drawn."""
 
@@ -163,6 +165,16 @@ class RolloutData(PromptData):
         prompts, used = self.prompts["train"], {id(prompt) for prompt in self.phase_prompts(phase)}
         order = np.random.default_rng((self.seed, phase, len(prompts))).permutation(len(prompts))
         return (prompts[i] for i in order if id(prompts[i]) not in used)
+
+    @property
+    def groups_per_update(self) -> int:
+        """Of this process."""
+        return self.prompts_per_phase // (self.updates_per_phase * data_rank(self.trainer)[1])
+
+    @property
+    def first_half(self) -> int:
+        """Groups of an update that are read first where it is halved."""
+        return self.groups_per_update // 2
 
     def everyones(self, values: torch.Tensor) -> torch.Tensor:
         """All processes' values ``[P, ...]``, one for each group, in the order of the prompts."""
@@ -305,7 +317,7 @@ class RolloutData(PromptData):
             stats = self.draw_the_rest(engine, sampling, phase, groups, stats)
 
         rows = self.select_rows(groups)
-        per_update = len(rows) // self.updates_per_phase
+        per_update = self.groups_per_update * self.rows_per_prompt
         updates = [rows[i : i + per_update] for i in range(0, len(rows), per_update)]
         tokens = [sum(len(row.completion.token_ids) for row in update) for update in updates]
         total_tokens = [sum(of_all) for of_all in zip(*gather_objects(tokens, self.trainer), strict=True)]
@@ -322,6 +334,7 @@ class RolloutData(PromptData):
                 u == 0 and not stale,
                 sampling.temperature,
                 self.sharing,
+                self.first_half * self.rows_per_prompt if self.halved else None,
             )
         ]
         self.loaders["train"].fill(batches)
