@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_grpo.data import Batch, RolloutData
+from lit_grpo.data.collate import rows_together
 from lit_grpo.errors import UserError
 from lit_grpo.sharding import shares_out
 from lit_grpo.theory import (
@@ -23,7 +24,7 @@ from lit_grpo.theory import (
 class TheoryMonitor(L.Callback):
     """Logs per phase, under ``theory/``, what :mod:`lit_grpo.theory` speaks of, as it was measured.
 
-    Of the rewards of the phase's prompts, before ties are replaced:
+    Of the rewards of the phase's prompts, before ties are replaced or more is drawn of them:
 
     - ``contrastive_coefficient``: mean over groups.
     - ``effective_pairs``: sum over groups; for groups of two, how many are informative.
@@ -84,11 +85,11 @@ class TheoryMonitor(L.Callback):
                 "trainer.accumulate_grad_batches: TheoryMonitor cuts the micro-batches of an update into two halves, so"
                 f" their number must be even, got {accumulate}. Set it to {2 * accumulate}."
             )
-        units = data.first_half * data.rows_per_prompt // pl_module.loss.unit
-        if units < accumulate // 2:
+        unit = rows_together(pl_module.loss.unit, data.sharing)
+        if (units := data.first_half * data.rows_per_prompt // unit) < accumulate // 2:
             raise UserError(
                 f"trainer.accumulate_grad_batches: half of the {accumulate} micro-batches are to read half of an update"
-                f" for TheoryMonitor, which has only {units} {'rows' if pl_module.loss.unit == 1 else 'pairs'}. Lower"
+                f" for TheoryMonitor, which has only {units} {'rows' if unit == 1 else f'sets of {unit} rows'}. Lower"
                 " it, or raise data.init_args.prompts_per_phase."
             )
         data.halved = True
@@ -108,7 +109,7 @@ class TheoryMonitor(L.Callback):
 
     def of_rewards(self, data: Any, phase: int) -> dict[str, float]:
         """What a phase's rewards tell, and remember them."""
-        size, prompts = data.group_size, data.phase_prompts(phase)
+        size, prompts = data.draws_first, data.phase_prompts(phase)
         samples = data.samples[: len(prompts) * size]
         rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, size)
         found = {
