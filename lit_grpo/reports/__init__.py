@@ -1,0 +1,1 @@
+"""What several runs came to, side by side: ``lit-grpo compare``."""
