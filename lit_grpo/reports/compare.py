@@ -47,8 +47,10 @@ def compare(args: list[str]) -> None:
         raise UserError(f"--seeds: expected whole numbers >= 0, got {min(given.seeds)}.")
     if given.jobs < 1:
         raise UserError(f"--jobs: expected a whole number >= 1, got {given.jobs}.")
-    if bad := [option for option in extra if option.split("=")[0] in OURS]:
-        raise UserError(f"{bad[0]}: each run has its own. Give seeds with --seeds, and the folder of all with --out.")
+    if bad := {option.split("=")[0] for option in extra} & set(OURS):
+        raise UserError(
+            f"{bad.pop()}: each run has its own. Give seeds with --seeds, and the folder of all with --out."
+        )
     out = given.out.expanduser()
     entries = [entry_of(text, out) for text in given.CONFIG_OR_RUN]
     if twice := [entry.name for i, entry in enumerate(entries) if entry.name in [e.name for e in entries[:i]]]:
