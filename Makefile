@@ -1,4 +1,5 @@
 # make quickstart    train a small policy with 2-GRPO, from nothing, in a few minutes
+# make reproduce     the paper's comparisons on the quickstart's task, three seeds, within an hour on two cores
 # make test          all tests
 # make test-long     those that take minutes each
 # make bench         the benchmarks of docs/performance.md, two hours or so
@@ -9,6 +10,8 @@
 PYTHON ?= python3
 SEED ?= 0
 ROLLOUT ?= HFRollout
+SEEDS ?= 0 1 2
+JOBS ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -22,10 +25,13 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 INSTALL := VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
 
-.PHONY: quickstart test test-long bench docs lint format clean
+.PHONY: quickstart reproduce test test-long bench docs lint format clean
 
 quickstart: $(if $(filter VLLMRollout,$(ROLLOUT)),$(VENV)/.dev,$(VENV)/.core)
 	$(BIN)/python -m lit_grpo.quickstart --seed $(SEED) --rollout $(ROLLOUT)
+
+reproduce: $(VENV)/.core
+	$(BIN)/python -m lit_grpo.reproduce --seeds $(SEEDS) --jobs $(JOBS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lit_grpo.csv_log import read_metrics
 
 
 class LearningCurve(L.Callback):
@@ -20,25 +21,6 @@ class LearningCurve(L.Callback):
             if isinstance(logger, CSVLogger):
                 logger.save()
                 draw(read_metrics(Path(logger.log_dir)), Path(trainer.default_root_dir) / "learning_curve.png")
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """All rows of a run's CSV logs, empty cells left out; of parts before a resume only what came before its start."""
-    rows: list[dict[str, float]] = []
-    for path in [*sorted(run_dir.glob("metrics-*.csv")), *run_dir.glob("metrics.csv")]:
-        with open(path, newline="", encoding="utf-8") as file:
-            part = [row for row in map(numbers, csv.DictReader(file)) if "step" in row]
-        first = min((row["step"] for row in part), default=float("inf"))
-        rows = [row for row in rows if row["step"] < first] + part
-    return rows
-
-
-def numbers(row: dict[str, str]) -> dict[str, float]:
-    """What a row of the log says; nothing where a kill cut it off."""
-    try:
-        return {key: float(value) for key, value in row.items() if value}
-    except (ValueError, TypeError):
-        return {}
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:

@@ -21,9 +21,10 @@ class Ledger(L.Callback):
 
     ``train/seconds_<part>``: ``generate``, ``reward`` and ``sync`` (weights to the engine) of rollouts; ``scoring``
     (log-probs without gradient, of the reference or the old policy); ``forward``, ``backward``, ``optimizer``;
-    ``other``, all else but validation. ``train/tokens_trained`` of completions; ``train/tokens_forwarded``, prompts and
-    padding included, also where ``packing`` or ``share_prompts`` leaves some of them out. Seconds are the host's: what
-    a GPU has not done yet counts where the host waits for it.
+    ``other``, all else but validation. ``train/rows_trained``, completions that were forwarded, and
+    ``train/tokens_trained`` of them; ``train/tokens_forwarded``, prompts and padding included, also where ``packing`` or
+    ``share_prompts`` leaves some of them out. Seconds are the host's: what a GPU has not done yet counts where the host
+    waits for it.
     """
 
     def __init__(self) -> None:
@@ -36,11 +37,12 @@ class Ledger(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
-        self.trained, self.forwarded = torch.zeros((), device=pl_module.device), 0.0
+        self.trained, self.forwarded, self.rows = torch.zeros((), device=pl_module.device), 0.0, 0.0
         pl_module.seconds_scoring = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self.mark, self.updates, self.scored = time.perf_counter(), False, pl_module.seconds_scoring
+        self.rows += len(batch.tokens)
         self.forwarded += batch.tokens.numel()
         self.trained += batch.mask.sum()
 
@@ -79,10 +81,14 @@ class Ledger(L.Callback):
         self.phase_began, self.validated, training["other"] = now, 0.0, other
         seconds = {f"train/seconds_{part}": value for part, value in training.items()}
         pl_module.log_dict(seconds, sync_dist=True)
-        tokens = {"train/tokens_trained": self.trained.item(), "train/tokens_forwarded": self.forwarded}
-        pl_module.log_dict(tokens, sync_dist=True, reduce_fx="sum")
+        counts = {
+            "train/rows_trained": self.rows,
+            "train/tokens_trained": self.trained.item(),
+            "train/tokens_forwarded": self.forwarded,
+        }
+        pl_module.log_dict(counts, sync_dist=True, reduce_fx="sum")
         generated = {"tokens_generated": float(metrics.get("train/tokens", 0.0))}
-        for key, value in {**sampling, **training, **generated, **tokens}.items():
+        for key, value in {**sampling, **training, **generated, **counts}.items():
             key = key.removeprefix("train/")
             self.sums[key] = self.sums.get(key, 0.0) + value
 

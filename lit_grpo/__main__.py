@@ -9,6 +9,7 @@ from pathlib import Path
 HELP = """usage: lit-grpo {fit,validate,test,predict} [-c CONFIG ...] [--KEY VALUE ...]
        lit-grpo export CKPT OUT [--merge] [--model MODEL]
        lit-grpo inspect RUN [--phase N] [--split train|val]
+       lit-grpo compare CONFIG_OR_RUN ... [--seeds 0 1 2] [--out FOLDER] [-- --KEY VALUE ...]
 
 RL post-training of language models on Lightning.
 
@@ -19,6 +20,7 @@ commands:
   predict    sample prompts and write the completions to the run folder
   export     write the policy of a checkpoint as a Hugging Face folder
   inspect    print what stands out in a phase's samples, and write it as a page
+  compare    run configs over several seeds and write one report of them
 
 Every key of a config file can be given or changed on the command line, later ones win:
   lit-grpo fit -c configs/paper/2grpo.yaml --model.loss GRPO --data.group_size 16 --data.updates_per_phase 16
@@ -51,6 +53,11 @@ def main(args: list[str] | None = None) -> None:
                 f"The package `callbacks` of lit_grpo is shadowed by {found and found.origin}. Start with the command"
                 " `lit-grpo`, which looks into the current folder last."
             )
+        if args[0] == "compare":
+            from lit_grpo.reports.compare import compare
+
+            compare(args[1:])
+            return
         from lit_grpo.cli import run, run_export
 
         if args[0] == "export":

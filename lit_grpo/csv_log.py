@@ -35,3 +35,22 @@ class CSVLog(CSVLogger):
         if self._experiment is None:
             self._experiment = Writer(self.log_dir)
         return self._experiment
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """All rows of a run's CSV logs, empty cells left out; of parts before a resume only what came before its start."""
+    rows: list[dict[str, float]] = []
+    for path in [*sorted(run_dir.glob("metrics-*.csv")), *run_dir.glob("metrics.csv")]:
+        with open(path, newline="", encoding="utf-8") as file:
+            part = [row for row in map(numbers, csv.DictReader(file)) if "step" in row]
+        first = min((row["step"] for row in part), default=float("inf"))
+        rows = [row for row in rows if row["step"] < first] + part
+    return rows
+
+
+def numbers(row: dict[str, str]) -> dict[str, float]:
+    """What a row of the log says; nothing where a kill cut it off."""
+    try:
+        return {key: float(value) for key, value in row.items() if value}
+    except (ValueError, TypeError):
+        return {}

@@ -165,7 +165,7 @@ def train(task: Path, run_dir: Path, seed: int, extra: list[str]) -> Any:
 
 def summarise(run_dir: Path, engine: str, seconds_warm_start: float, seconds_rl: float) -> dict[str, Any]:
     """What the run came to, read from its ``metrics.csv``; also written to ``summary.json``."""
-    from callbacks.learning_curve import read_metrics
+    from lit_grpo.csv_log import read_metrics
 
     rows = read_metrics(run_dir)
     held_out = [row for row in rows if "val/mean_at_4" in row]

@@ -35,8 +35,11 @@ def test_phases_add_up_to_the_run_and_tied_pairs_cost_nothing(model: str, many_p
     for phase, row in enumerate(rows):
         samples = [json.loads(line) for line in (tmp_path / "samples" / f"train-{phase:05d}.jsonl").open()]
         pairs = list(zip(samples[::2], samples[1::2], strict=True))
-        trained = sum(a["num_tokens"] + b["num_tokens"] for a, b in pairs if a["reward"] != b["reward"])
+        informative = [pair for pair in pairs if pair[0]["reward"] != pair[1]["reward"]]
+        assert float(row["train/rows_trained"]) == 2 * len(informative)
+        trained = sum(a["num_tokens"] + b["num_tokens"] for a, b in informative)
         assert float(row["train/tokens_trained"]) == trained
         assert trained < float(row["train/tokens_forwarded"])
+    assert ledger["rows_trained"] == sum(float(row["train/rows_trained"]) for row in rows)
     assert ledger["tokens_trained"] == sum(float(row["train/tokens_trained"]) for row in rows)
     assert ledger["tokens_generated"] == sum(float(row["train/tokens"]) for row in rows)

@@ -33,10 +33,9 @@ import lit_grpo.module
 from callbacks import SavePretrained
 from callbacks.checkpoint_files import checkpoints_in, damage, remove
 from callbacks.checkpoints import Checkpoints
-from callbacks.learning_curve import read_metrics
 from lit_grpo.__main__ import main
 from lit_grpo.cli import run
-from lit_grpo.csv_log import CSVLog
+from lit_grpo.csv_log import CSVLog, read_metrics
 from lit_grpo.data import Sample
 from lit_grpo.engines import HFEngine
 from lit_grpo.module import PolicyModule

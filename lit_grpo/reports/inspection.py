@@ -72,7 +72,7 @@ class Inspection:
         """As HTML that needs nothing beside it."""
         templates = Environment(loader=PackageLoader("lit_grpo.reports", "."), autoescape=True, trim_blocks=True)
         picture = base64.b64encode(draw(self.points)).decode()
-        return templates.get_template("inspection.html.j2").render(found=self, picture=picture, n_gram=N_GRAM)
+        return templates.get_template("inspection.html.jinja").render(found=self, picture=picture, n_gram=N_GRAM)
 
 
 def inspect(samples: list[Row], outliers: list[Row], title: str) -> Inspection:

@@ -1,0 +1,83 @@
+"""The report as one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lit_grpo.reports.results import Run
+from lit_grpo.reports.table import NOTES, Row, difference_table, main_table
+
+PACKAGES = ("lit-grpo", "torch", "lightning", "transformers", "vllm")
+
+
+def write_page(
+    configs: dict[str, list[Run]], rows: list[Row], first: str, scores: tuple[str, str], picture: Path, path: Path
+) -> None:
+    """Write ``report.html``: tables, curves, what was run and where the report was made.
+
+    Args:
+        configs: runs of each, one a seed.
+        rows: of the tables.
+        first: name of the configuration that others are compared with.
+        scores: names of Mean@k and Pass@k in the log.
+        picture: PNG of the curves.
+        path: of the page.
+    """
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = templates.get_template("report.html.jinja").render(
+        first=first,
+        tables=[main_table(rows, first, scores), difference_table(rows, first, scores)],
+        notes=NOTES,
+        picture=base64.b64encode(picture.read_bytes()).decode(),
+        settings=settings_table(configs),
+        folders={name: [str(run.folder) for run in runs] for name, runs in configs.items()},
+        facts=facts(),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def settings_table(configs: dict[str, list[Run]]) -> list[list[str]]:
+    """Header and a row for each key that is not the same in all configurations."""
+    settings = [runs[0].settings for runs in configs.values()]
+    keys = sorted({key for found in settings for key in found})
+    differing = [key for key in keys if any(found.get(key) != settings[0].get(key) for found in settings)]
+    return [["key", *configs], *([key, *(value(found, key) for found in settings)] for key in differing)]
+
+
+def value(settings: dict[str, Any], key: str) -> str:
+    """A setting as YAML has it, empty where there is none."""
+    found = settings.get(key, "")
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def facts() -> dict[str, str]:
+    """Where and when the report was made."""
+    processor, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    found = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "system": f"{platform.system()}, Python {platform.python_version()}",
+        "processor": f"{processor}, {os.cpu_count()} cores",
+    }
+    if torch.cuda.is_available():
+        found["GPU"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
