@@ -22,9 +22,9 @@ class Ledger(L.Callback):
     ``train/seconds_<part>``: ``generate``, ``reward`` and ``sync`` (weights to the engine) of rollouts; ``scoring``
     (log-probs without gradient, of the reference or the old policy); ``forward``, ``backward``, ``optimizer``;
     ``other``, all else but validation. ``train/rows_trained``, completions that were forwarded, and
-    ``train/tokens_trained`` of them; ``train/tokens_forwarded``, prompts and padding included, also where ``packing`` or
-    ``share_prompts`` leaves some of them out. Seconds are the host's: what a GPU has not done yet counts where the host
-    waits for it.
+    ``train/tokens_trained`` of them; ``train/tokens_forwarded``, prompts and padding included, also where ``packing``
+    or ``share_prompts`` leaves some of them out. Seconds are the host's: what a GPU has not done yet counts where the
+    host waits for it.
     """
 
     def __init__(self) -> None:
