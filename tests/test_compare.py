@@ -132,7 +132,7 @@ def fake_run(folder: Path, seed: int, mean: list[float], right: list[int] | None
         settings: of the rollout data.
     """
     (folder / "samples").mkdir(parents=True)
-    init_args = {"group_size": 2} | settings
+    init_args = {"group_size": 2, "prompts_per_phase": 4} | settings
     config = {
         "seed_everything": seed,
         "run_dir": str(folder),
@@ -219,6 +219,8 @@ def test_curves_stand_at_what_was_done_before_each_point(tmp_path: Path):
     assert run.curve("train/reward", "seconds") == ([2, 5], [0.2, 0.4])
     assert run.curve("val/mean_at_2", "tokens_trained") == ([0, 16], [0.1, 0.5])
     assert run.curve("train/reward", "prompts") == ([4, 8], [0.2, 0.4])
+    run.phases[0]["train/rollouts_per_group"] = 1.5  # ties replaced by two prompts
+    assert run.reached("prompts") == [0, 6, 10]
 
 
 def test_the_bootstrap_over_seeds_is_enumerated():

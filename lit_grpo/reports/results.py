@@ -52,11 +52,14 @@ class Run:
 
         Seconds are those of the ledger, without validation; prompts are groups drawn.
         """
-        if axis in ("rollouts", "prompts"):
-            per = 1 if axis == "rollouts" else self.settings.get("data.init_args.group_size", 1)
-            return [0.0, *(row.get("train/rollouts", 0.0) / per for row in self.phases)]
-        prefix = "train/seconds_" if axis == "seconds" else f"train/{axis}"
-        steps = (sum(value for key, value in row.items() if key.startswith(prefix)) for row in self.phases)
+        if axis == "rollouts":
+            return [0.0, *(row.get("train/rollouts", 0.0) for row in self.phases)]
+        if axis == "prompts":  # replacements of ties are prompts too
+            prompts = self.settings.get("data.init_args.prompts_per_phase", 0)
+            steps = [prompts * row.get("train/rollouts_per_group", 1.0) for row in self.phases]
+        else:
+            prefix = "train/seconds_" if axis == "seconds" else f"train/{axis}"
+            steps = [sum(value for key, value in row.items() if key.startswith(prefix)) for row in self.phases]
         return [0.0, *itertools.accumulate(steps)]
 
     def curve(self, name: str, axis: str) -> tuple[list[float], list[float]]:
