@@ -21,6 +21,8 @@ def peak_memory() -> Iterator[list[float]]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield found
-    over.set()
-    thread.join()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -86,7 +87,7 @@ class TheoryMonitor(L.Callback):
                 f" their number must be even, got {accumulate}. Set it to {2 * accumulate}."
             )
         unit = rows_together(pl_module.loss.unit, data.sharing)
-        if (units := data.first_half * data.rows_per_prompt // unit) < accumulate // 2:
+        if (units := data.first_half * math.ceil(data.rows_per_prompt / unit)) < accumulate // 2:
             raise UserError(
                 f"trainer.accumulate_grad_batches: half of the {accumulate} micro-batches are to read half of an update"
                 f" for TheoryMonitor, which has only {units} {'rows' if unit == 1 else f'sets of {unit} rows'}. Lower"

@@ -172,8 +172,9 @@ class PolicyModule(L.LightningModule):
         if self.compiled and shares_out(strategy):
             raise UserError("model.compile: it was never tried where processes share the model out. Leave it out.")
         for model in (self.policy, self.reference):
-            if isinstance(model, Policy):
-                model.speed_up(self.attention, self.packing, self.share_prompts, self.compiled)
+            for part in model.modules() if isinstance(model, nn.Module) else ():
+                if isinstance(part, Policy):  # fsdp has it wrapped
+                    part.speed_up(self.attention, self.packing, self.share_prompts, self.compiled)
         self.unproven = self.packing or self.share_prompts or self.compiled
 
     def without_adapters(self, *batch: Any, **options: Any) -> Any:
@@ -204,7 +205,9 @@ class PolicyModule(L.LightningModule):
         entropy_wanted = self.loss.needs_entropy or self.log_entropy
         logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted, batch.places)
         self.logps = logps.detach()
-        if self.unproven and len(batch.tokens) > 1:  # a single row is packed rightly whatever the attention
+        if self.unproven and self.trainer.strategy.reduce_boolean_decision(
+            self.policy.is_put_to_the_test(batch.tokens, batch.mask), all=False
+        ):
             self.compare_with_plain(logps.detach(), batch)
         if batch_idx == 0 and batch.sampler_logps is not None:
             mismatch = self.check_mismatch(logps.detach(), batch)

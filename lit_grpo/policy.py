@@ -94,7 +94,8 @@ class Policy(nn.Module):
             except (ValueError, ImportError) as error:
                 raise UserError(f"model.attention: {error}") from error
         config = self.lm.config
-        windows = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+        kinds = set(getattr(config, "layer_types", None) or [])
+        windows = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None))
         if share_prompts and (config._attn_implementation != "sdpa" or windows):
             raise UserError(
                 "model.share_prompts: it needs the attention sdpa in every layer, without sliding windows; this model"
@@ -102,6 +103,12 @@ class Policy(nn.Module):
             )
         if compiled:
             self.lm.base_model.compile(dynamic=True)
+
+    def is_put_to_the_test(self, tokens: Tensor, mask: Tensor) -> bool:
+        """Whether a wrong attention would show in these rows: where none is packed or shares a prompt, it would not."""
+        if self.sharing:
+            return len(side_by_side(tokens[:, :-1], mask).tokens) < len(tokens)
+        return not self.packing or len(tokens) > 1
 
     @contextmanager
     def plainly(self) -> Iterator[None]:

@@ -124,6 +124,8 @@ def test_rows_that_share_a_prompt_stay_together_and_count_it_once():
     assert first == groups[2]
     assert second == groups[0] + groups[1] + groups[3]
     silent = [row(10, 30, 0.0), row(10, 2, 0.0)]
+    five = [row(10, n) for n in (1, 2, 3, 4, 5)]  # three and two
+    assert micro_batches(five * 2, 4, sharing=5) == [five[:3], five[:3], five[3:], five[3:]][::-1]
     told = [row(10, 3), *silent]  # of a group of three, one speaks
     assert micro_batches([*silent, row(10, 2, 0.0), *told], 1, drop_zeros=True, sharing=3) == [told[:1]]
     assert micro_batches([*silent, *told[:2]], 1, unit=2, drop_zeros=True, sharing=2) == [told[:2]]

@@ -18,6 +18,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from test_weights import with_adapters
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config
 from transformers.cache_utils import DynamicLayer
 
 from callbacks import VLLMRollout
@@ -317,6 +318,27 @@ def test_hf_engine_reads_a_prompt_once_and_writes_nothing_after_an_end(
     assert len(set(lengths)) > 3
     assert seen[0] == (3, 8)
     assert seen[1:] == [(sum(length > t for length in lengths), 1) for t in range(1, max(lengths))]
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_hf_engine_reads_prompts_of_similar_length_together(windows: bool, monkeypatch: pytest.MonkeyPatch, model: str):
+    """In parts of at most 24 tokens, unless the model's layers remember in their own way."""
+    size = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
+    config = Gemma2Config(**size, num_hidden_layers=2, num_key_value_heads=2, sliding_window=4, pad_token_id=0)
+    engine = HFEngine(config if windows else load_config(model), [1], context=64)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(engine.model.config)
+    engine.load_weights(lm.state_dict().items())
+    prompts = [[3 + (i + j) % 10 for j in range(length)] for i, length in enumerate((3, 8, 4, 12, 5, 30))]
+    at_once = engine.generate(prompts, 3, Sampling(6), list(range(6)))
+    read: list[tuple[int, ...]] = []
+    engine.model.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape)))
+    monkeypatch.setattr("lit_grpo.engines.hf_engine.TOKENS_AT_ONCE", 24)
+    in_parts = engine.generate(prompts, 3, Sampling(6), list(range(6)))
+    assert [shape for shape in read if shape[1] > 1] == ([(6, 30)] if windows else [(3, 5), (2, 12), (1, 30)])
+    for a, b in zip([c for group in at_once for c in group], [c for group in in_parts for c in group], strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logps == pytest.approx(b.logps, abs=1e-5)
 
 
 def test_hf_engine_stops_at_every_id(model: str, policy: Policy):

@@ -14,7 +14,7 @@ from conftest import quiet_trainer
 from loss_cases import LOSSES, make_inputs
 from test_invariance import even_first_digit
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
@@ -111,6 +111,9 @@ def test_a_model_that_cannot_share_prompts_is_named():
         windows.speed_up("sdpa", packing=False, share_prompts=True, compiled=False)
     with pytest.raises(UserError, match=r"model.share_prompts: .* this model has eager\. Leave it out"):
         Policy(AutoModelForCausalLM.from_config(MODELS["llama"]())).speed_up("eager", False, True, False)
+    unnamed = Policy(AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=4)))  # has no layer_types
+    with pytest.raises(UserError, match=r"model.share_prompts: .* has sdpa with layers of other kinds"):
+        unnamed.speed_up(None, packing=False, share_prompts=True, compiled=False)
 
 
 def test_a_compiled_decoder_gives_the_same(model: str):
@@ -170,6 +173,17 @@ def test_larger_groups_share_their_prompts(loss: type, model: str, many_prompts:
             fit(model, many_prompts, tmp_path, 6, 9, share_prompts=True, loss=loss())
 
 
+def test_a_policy_that_is_wrapped_is_sped_up_too(model: str, monkeypatch: pytest.MonkeyPatch):
+    """As by fsdp."""
+    monkeypatch.setattr("lit_grpo.module.load_policy", lambda *_: torch.nn.Sequential(load_policy(model)))
+    trainer = SimpleNamespace(strategy=None, state=SimpleNamespace(fn="fit"))
+    monkeypatch.setattr(PolicyModule, "trainer", trainer)
+    module = PolicyModule(model, packing=True)
+    module.configure_model()
+    assert isinstance(module.policy, torch.nn.Sequential)
+    assert module.policy[0].packing
+
+
 def test_packed_rows_share_no_prompt(model: str):
     with pytest.raises(UserError, match=r"model.share_prompts: rows that are packed"):
         PolicyModule(model, packing=True, share_prompts=True)
@@ -226,16 +240,33 @@ def test_a_step_is_told_where_its_tokens_are(
     assert replace(batch.to("cpu"), mask=batch.mask).places is None  # never of another mask
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_single_row_proves_nothing(first: bool, model: str, monkeypatch: pytest.MonkeyPatch):
-    module = PolicyModule(model, packing=True)
+@pytest.mark.parametrize(
+    ("option", "prompts", "proven"),
+    [
+        ("packing", [[3, 4]], False),
+        ("packing", [[3, 4], [5]], True),
+        ("share_prompts", [[3, 4], [5]], False),
+        ("share_prompts", [[5], [3, 4], [3, 4]], True),
+        ("compile", [[3, 4]], True),
+    ],
+)
+def test_rows_in_which_nothing_could_go_wrong_prove_nothing(
+    option: str, prompts: list[list[int]], proven: bool, model: str, monkeypatch: pytest.MonkeyPatch
+):
+    module = PolicyModule(model, **{option: True})
     module.policy, module.unproven, module.max_mismatch = load_policy(model), True, 1e-3
+    module.policy.speed_up(None, module.packing, module.share_prompts, compiled=False)
     compared: list[int] = []
     monkeypatch.setattr(module, "compare_with_plain", lambda logps, batch: compared.append(len(logps)))
     monkeypatch.setattr(
-        PolicyModule, "trainer", SimpleNamespace(global_step=0, accumulate_grad_batches=1, world_size=1)
-    )
+        PolicyModule,
+        "trainer",
+        SimpleNamespace(
+            global_step=0, accumulate_grad_batches=1, world_size=1,
+            strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
+        ),
+    )  # fmt: skip
     monkeypatch.setattr("lit_grpo.module.data_rank", lambda _: (0, 1))
-    rows = [Row([3, 4], Completion([5, 1]), 1.0)] * (1 if first else 2)
+    rows = [Row(prompt, Completion([5, 1]), 1.0) for prompt in prompts]
     module.training_step(collate(rows, len(rows), 2, on_policy=True).to("cpu"), 0)
-    assert compared == ([] if first else [2])
+    assert compared == [len(rows)] * proven

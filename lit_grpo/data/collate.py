@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,9 +112,10 @@ def rows_together(unit: int, sharing: int) -> int:
     """Consecutive rows that stay in one micro-batch: a loss's unit, or what of ``sharing`` rows shares a prompt.
 
     >>> rows_together(1, 16), rows_together(2, 2), rows_together(1, 5), rows_together(2, 0)
-    (4, 2, 1, 2)
+    (4, 2, 3, 2)
     """
-    return max((n for n in range(unit, SIDE_BY_SIDE + 1, unit) if sharing and sharing % n == 0), default=unit)
+    parts = max(1, math.ceil(sharing / SIDE_BY_SIDE))
+    return max(1, math.ceil(sharing / (parts * unit))) * unit
 
 
 def micro_batches(
@@ -136,7 +138,12 @@ def micro_batches(
         ValueError: if there are fewer units, or sets, than micro-batches.
     """
     size = rows_together(unit, sharing)
-    sets = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+    prompt = sharing or size
+    sets = [
+        list(rows[i : min(i + size, start + prompt)])
+        for start in range(0, len(rows), prompt)
+        for i in range(start, start + prompt, size)
+    ]
     if len(sets) < count:
         raise ValueError(f"{len(sets)} units of {size} rows cannot fill {count} micro-batches.")
 
@@ -151,7 +158,7 @@ def micro_batches(
 
     if drop_zeros:
         kept = [speaks for rows in sets if (speaks := speaking(rows))]
-        zeros = sorted((rows for rows in sets if not speaking(rows)), key=length)
+        zeros = sorted((rows[:unit] for rows in sets if not speaking(rows)), key=length)
         sets = kept + zeros[: max(0, count - len(kept))]
     sets.sort(key=length, reverse=True)
     tokens = torch.tensor([length(rows) for rows in sets]).cumsum(0)

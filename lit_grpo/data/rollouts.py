@@ -111,11 +111,11 @@ class RolloutData(PromptData):
                 f" {self.updates_per_phase * world}, such as {(share + 1) * self.updates_per_phase * world}."
             )
         unit = rows_together(loss.unit, self.sharing)
-        if share * rows_per_prompt // unit < accumulate:
+        if (sets := share * math.ceil(rows_per_prompt / unit)) < accumulate:
             what = {1: "rows", 2: "pairs"}.get(unit, f"sets of {unit} rows that share a prompt")
             raise UserError(
                 f"trainer.accumulate_grad_batches: {accumulate} micro-batches need at least as many {what}, but one"
-                f" update has {share * rows_per_prompt // unit} per process. Lower it, or raise"
+                f" update has {sets} per process. Lower it, or raise"
                 " data.init_args.prompts_per_phase."
             )
         counts = dict.fromkeys([self.draws_first, self.group_size])  # one, or the least and the most

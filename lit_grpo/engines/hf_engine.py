@@ -60,8 +60,9 @@ class HFEngine(Engine):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         rows = [(i, j) for i in order for j in range(n)]
         written: list[dict[int, Completion]] = [{} for _ in prompts]
-        for start in range(0, len(rows), self.max_batch_size):
-            part = rows[start : start + self.max_batch_size]
+        size = self.max_batch_size // n * n or self.max_batch_size  # whole groups, so that each prompt is read once
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
             place = {i: k for k, i in enumerate(dict.fromkeys(i for i, _ in part))}
             of_prompt, of_seed = [place[i] for i, _ in part], [seeds[i] + j for i, j in part]
             for k, completion in self._write([prompts[i] for i in place], of_prompt, of_seed, sampling, deadline):
