@@ -141,10 +141,8 @@ def reaches(n: Numbers) -> list[str]:
         for share, what, way in checks
     ]
     of_gain = n.share("2-GRPO", "16-GRPO", n.gain)
-    found += [
-        f"{verdict(of_gain, PAPER['score'], 'at least')}, of the gain, which is harder as the score does not begin at 0:"
-        f" {percent(of_gain)}."
-    ]
+    harder = "which is harder as the score does not begin at 0"
+    found.append(f"{verdict(of_gain, PAPER['score'], 'at least')}, of the gain, {harder}: {percent(of_gain)}.")
     every = all(text.startswith("Yes") for text in found[:3])
     return ["Yes, all three are reached." if every else "No, not all three are reached.", *found]
 

@@ -57,7 +57,8 @@ class SignalToNoise:
             first: name of the configuration that others are compared with.
             out: folder of the file.
         """
-        measured = ratios_to(first, {name: measured_snr(runs) for name, runs in configs.items()})
+        draw = np.random.default_rng(0)
+        measured = ratios_to(first, {name: measured_snr(runs, draw) for name, runs in configs.items()})
         sizes = {name: runs[0].settings["data.init_args.group_size"] for name, runs in configs.items()}
         largest = max((name for name in configs if not adaptive(configs[name])), key=lambda name: sizes[name])
         winners = winners_in(configs[largest])
@@ -116,7 +117,7 @@ def adaptive(runs: list[Run]) -> bool:
     return str(runs[0].settings["model.loss.class_path"]).endswith(".AdaptiveGRPO")
 
 
-def measured_snr(runs: list[Run]) -> np.ndarray:
+def measured_snr(runs: list[Run], draw: np.random.Generator) -> np.ndarray:
     """``[1 + RESAMPLES, 2]``: signal over noise per rollout and per trained row, of all phases and of resampled ones.
 
     Means over phases are taken before dividing; each phase has one update.
@@ -126,8 +127,8 @@ def measured_snr(runs: list[Run]) -> np.ndarray:
         for run in runs
         for row, drawn in zip(run.phases, np.diff(run.reached("rollouts")), strict=True)
     ])  # fmt: skip
-    draw = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
-    signal, noise, *counts = np.concatenate([found.mean(0)[None], found[draw].mean(1)]).T
+    resampled = found[draw.integers(len(found), size=(RESAMPLES, len(found)))].mean(1)
+    signal, noise, *counts = np.concatenate([found.mean(0)[None], resampled]).T
     return np.stack([signal / noise / count for count in counts], -1)
 
 
