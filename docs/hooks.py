@@ -19,6 +19,7 @@ OUTSIDE = [
     "CONTRIBUTING.md",
     "configs/README.md",
     "configs/paper/README.md",
+    "configs/reproduce/README.md",
     "configs/cluster/slurm.sh",
     "configs/cluster/torchrun.sh",
 ]

@@ -23,7 +23,13 @@ def connect(data: Any, model: str, loss: Any, rank: int = 0, world: int = 1, acc
     """Give a data module what it reads of a trainer, as one of ``world`` processes."""
     data.trainer = SimpleNamespace(
         lightning_module=SimpleNamespace(
-            loss=loss, tokenizer=load_tokenizer(model), context=64, correct_at=1.0, vocab_size=16, stop_token_ids=[1]
+            loss=loss,
+            tokenizer=load_tokenizer(model),
+            context=64,
+            correct_at=1.0,
+            vocab_size=16,
+            stop_token_ids=[1],
+            share_prompts=False,
         ),
         global_rank=rank,
         world_size=world,

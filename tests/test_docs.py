@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentParser
 from lit_grpo.__main__ import main
 from lit_grpo.data.base import RewardFn
 from lit_grpo.losses import Loss
+from lit_grpo.reports import compare, inspection
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/**/*.md")])
@@ -117,6 +119,12 @@ def test_commands_parse(line: str, workplace: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("lit_grpo.cli.export", lambda *arguments: asked.extend(arguments))
         main([command, *args])
         assert asked[:3] == [Path(args[0]), Path(args[1]), "--merge" in args]
+    elif command == "inspect":
+        assert inspection.parser().parse_args(args).RUN
+    elif command == "compare":
+        own, extra = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+        assert compare.parser().parse_args(own).CONFIG_OR_RUN
+        assert said_by("fit", "-c", "run.yaml", *extra)
     else:
         assert said_by(command, *args)
 
@@ -137,7 +145,12 @@ def is_in(given: Any, found: Any) -> bool:
         return is_in(given, found["class_path"])
     if isinstance(found, list) and isinstance(given, list):
         return len(given) == len(found) and all(map(is_in, given, found))
-    return found == given or (isinstance(given, str) and str(found).endswith(f".{given}"))
+    if found == given or not isinstance(given, str):
+        return found == given
+    try:
+        return resolve_name(given) is resolve_name(str(found))
+    except (ValueError, ImportError, AttributeError):  # the short name of a class
+        return str(found).endswith(f".{given}")
 
 
 @pytest.mark.parametrize("block", [p for p in blocks("yaml") if "docs/losses" not in str(p.id)])

@@ -366,7 +366,7 @@ def test_a_run_that_began_from_another_does_so_again(
     assert re.search(r"ckpt_path: '.*phase-00002.ckpt' is neither a checkpoint", capsys.readouterr().err)
     first.with_name("away").rename(first)
     main([*second, begin if again == "the same command" else "--ckpt_path=last"])
-    assert sorted(path.name for path in (tmp_path / "second" / "samples").iterdir()) == ["train-00002.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "second" / "samples").glob("train-*")) == ["train-00002.jsonl"]
     assert (tmp_path / "second" / "checkpoints" / "phase-00003.ckpt").exists()
     assert yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["ckpt_path"].endswith("phase-00002.ckpt")
 

@@ -135,7 +135,7 @@ class TestEstimates:
 def a_phase(rewards: list[list[float]], rows: list[int]) -> Any:
     samples = [SimpleNamespace(reward=reward) for group in rewards for reward in group]
     prompts = [SimpleNamespace(row=row) for row in rows]
-    return SimpleNamespace(group_size=len(rewards[0]), samples=samples, phase_prompts=lambda phase: prompts)
+    return SimpleNamespace(draws_first=len(rewards[0]), samples=samples, phase_prompts=lambda phase: prompts)
 
 
 class TestOfRewards:
@@ -159,7 +159,8 @@ class TestOfRewards:
         # Row 7 won 2 of 8 by now: C(6, 4) = 15 of C(8, 4) = 70 groups have no winner.
         assert third["informative_share_predicted"] == pytest.approx(1 - 15 / 70)
 
-    def test_replacements_of_ties_do_not_count(self):
+    def test_what_is_drawn_after_ties_does_not_count(self):
+        """Replacements of them, or the rest of their groups."""
         data = a_phase([[1, 0], [1, 1]], [0, 1])
         data.samples += [SimpleNamespace(reward=1.0), SimpleNamespace(reward=0.0)]
         assert TheoryMonitor().of_rewards(data, 0)["effective_pairs"] == 1
@@ -269,11 +270,11 @@ class TestRuns:
         data: Any = RolloutData(Source(""), **({"prompts_per_phase": 4} | sizes))
         trainer = SimpleNamespace(
             **({"accumulate_grad_batches": 4, "world_size": 1, "strategy": None, "precision": "32-true"} | options),
-            datamodule=data, global_rank=0,
+            datamodule=data, global_rank=0, lightning_module=SimpleNamespace(loss=TwoGRPO(), share_prompts=False),
         )  # fmt: skip
         data.trainer, data.rows_per_prompt = trainer, data.group_size
         with pytest.raises(UserError, match=message):
-            TheoryMonitor().setup(trainer, SimpleNamespace(loss=TwoGRPO()), "fit")
+            TheoryMonitor().setup(trainer, trainer.lightning_module, "fit")
         assert not data.halved
 
     def test_offline_data_are_refused(self):

@@ -221,13 +221,18 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"RUN: {str(path)!r} is damaged ({error}). Choose another with --phase.") from error
 
 
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    found = argparse.ArgumentParser("lit-grpo inspect", description="Look at what the policy of a run wrote.")
+    found.add_argument("RUN", type=Path, help="the folder of a run")
+    found.add_argument("--phase", type=int, help="with --split val, the number of updates; the latest if not given")
+    found.add_argument("--split", choices=["train", "val"], default="train", help="rollouts or held-out samples")
+    return found
+
+
 def run_inspect(args: list[str]) -> None:
     """Run the command line of ``lit-grpo inspect``."""
-    parser = argparse.ArgumentParser("lit-grpo inspect", description="Look at what the policy of a run wrote.")
-    parser.add_argument("RUN", type=Path, help="the folder of a run")
-    parser.add_argument("--phase", type=int, help="with --split val, the number of updates; the latest if not given")
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="rollouts or held-out samples")
-    given = parser.parse_args(args)
+    given = parser().parse_args(args)
     run = given.RUN.expanduser()
     found = inspect(*read(run, given.split, given.phase))
     print(found.text())
