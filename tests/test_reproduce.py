@@ -128,7 +128,7 @@ def test_costs_are_those_that_follow_from_rewards(done: Path):
     found = {name: of(done / "runs" / name) for name in RUNS}
     assert found["2-GRPO"]["train/rollouts"] * 8 == found["16-GRPO"]["train/rollouts"] == 4096
     pairs = found["2-GRPO"]["train/informative_share"] * 256
-    assert 8 < pairs < 128
+    assert 0 < pairs < 128
     assert found["2-GRPO"]["train/rows_trained"] == 2 * pairs
     assert found["2-GRPO_all_rows"]["train/rows_trained"] == 512
     assert found["2-GRPO_all_rows"]["train/informative_share"] * 256 == pairs
@@ -230,8 +230,8 @@ def test_at_equal_rollouts_curves_are_read_where_the_shorter_ends():
     names = ("2-GRPO+RS", "16-GRPO_same_rollouts", "16-GRPO")
     runs = {"Adaptive": [run_of(0, 0.5)], "2-GRPO": [run_of(0, 0.6, 200)]} | {name: [run_of(0, 0.5)] for name in names}
     n = Numbers(runs, "val/mean_at_4")
-    assert "10.0 points above 2-GRPO," in adaptive(n)[0]
-    assert "0.0 points above 16-GRPO," in adaptive(n)[3]
+    assert "10.0 points above 2-GRPO," in adaptive(n)[1]
+    assert "level with 16-GRPO," in adaptive(n)[4]
 
 
 def fixed_run(

@@ -92,13 +92,13 @@ class Numbers:
         """A difference of Mean@k in words."""
         if found is None:
             return f"{ours} and {theirs} have no seed in common"
-        text = f"{100 * abs(found.value):.1f} points {'above' if found.value >= 0 else 'below'} {theirs}"
+        points = f"{100 * abs(found.value):.1f}"
+        place = "above" if found.value > 0 else "below"
+        text = f"{ours} is level with {theirs}" if points == "0.0" else f"{ours} is {points} points {place} {theirs}"
         if found.low is None or found.high is None:
-            return f"{ours} is {text}, of one seed, which says nothing of chance"
+            return f"{text}, of one seed, which says nothing of chance"
         included = "includes" if found.low <= 0 <= found.high else "leaves out"
-        return (
-            f"{ours} is {text} [{100 * found.low:.1f}, {100 * found.high:.1f}]: the interval {included} no difference"
-        )
+        return f"{text}{ends(found, 100)}: the interval {included} no difference"
 
     def scores(self, *names: str) -> str:
         """Mean@k in the end of each, in percent."""
@@ -107,16 +107,29 @@ class Numbers:
 
     def costs(self, ours: str, theirs: str) -> str:
         """What one took, as shares of what the other took."""
-        found = [f"{percent(self.share(ours, theirs, number))} of the {name}" for name, number in COSTS.items()]
-        return f"{ours} takes {', '.join(found)} of {theirs}."
+        found = [of_the(self.share(ours, theirs, number), name) for name, number in COSTS.items()]
+        return f"Compared with {theirs}, {ours} takes {', '.join(found)}."
 
 
 def percent(found: Interval | None) -> str:
     """A share as people read it."""
-    if found is None:
-        return "an undefined share"
-    ends = "" if found.low is None or found.high is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-    return f"{100 * found.value:.1f} %{ends}"
+    return "a share that is not defined" if found is None else f"{100 * found.value:.1f} %{ends(found, 100)}"
+
+
+def of_the(found: Interval | None, what: str) -> str:
+    """A share of something, or how many times as much where it is more than twice.
+
+    >>> of_the(Interval(0.125, None, None), "rollouts"), of_the(Interval(8.0, 7.9, 8.1), "rollouts")
+    ('12.5 % of the rollouts', '8.0 times the rollouts [7.9, 8.1]')
+    """
+    if found is None or found.value <= 2:
+        return f"{percent(found)} of the {what}"
+    return f"{found.value:.1f} times the {what}{ends(found)}"
+
+
+def ends(found: Interval, unit: float = 1.0) -> str:
+    """The interval in brackets, nothing for a single seed."""
+    return "" if found.low is None or found.high is None else f" [{found.low * unit:.1f}, {found.high * unit:.1f}]"
 
 
 def kept(n: Numbers) -> list[str]:
@@ -178,14 +191,14 @@ def losses(n: Numbers) -> list[str]:
     """Preference losses against 2-GRPO, all on groups of two."""
     found = [n.scores("2-GRPO", "DPO", "IPO", "KTO")]
     for name in ("DPO", "IPO", "KTO"):
-        time = percent(n.share(name, "2-GRPO", seconds))
-        found += [f"{n.differs(name, '2-GRPO', n.less(name, '2-GRPO'))}. It takes {time} of the seconds."]
+        time = of_the(n.share(name, "2-GRPO", seconds), "seconds")
+        found += [f"{n.differs(name, '2-GRPO', n.less(name, '2-GRPO'))}. It takes {time}."]
     return found
 
 
 def equal_rollouts(n: Numbers) -> list[str]:
     """Larger groups against 2-GRPO, once with as many prompts and once with as many rollouts."""
-    found = []
+    found = [n.scores("2-GRPO", *(f"{size}-GRPO{where}" for where in ("", "_same_rollouts") for size in (4, 8, 16)))]
     for size in (4, 8, 16):
         for name, what in ((f"{size}-GRPO", "prompts"), (f"{size}-GRPO_same_rollouts", "rollouts")):
             found.append(f"At equal {what}, {n.differs(name, '2-GRPO', n.less(name, '2-GRPO'))}.")
@@ -194,11 +207,11 @@ def equal_rollouts(n: Numbers) -> list[str]:
 
 def rates(n: Numbers) -> list[str]:
     """The rate that goes with the prompts per update against the same rate and as many updates for all sizes."""
-    found = []
+    found = [n.scores("16-GRPO", *(f"{size}-GRPO{rate}" for rate in ("", "_same_rate") for size in (2, 4, 8)))]
     for name in ("2-GRPO", "4-GRPO", "8-GRPO"):
         same = f"{name}_same_rate"
-        time = percent(n.share(name, same, seconds))
-        found.append(f"{n.differs(name, same, n.less(name, same))}. It takes {time} of the seconds.")
+        time = of_the(n.share(name, same, seconds), "seconds")
+        found.append(f"{n.differs(name, same, n.less(name, same))}. It takes {time}.")
         found.append(f"{n.differs(same, '16-GRPO', n.less(same, '16-GRPO'))}.")
     return found
 
@@ -206,8 +219,11 @@ def rates(n: Numbers) -> list[str]:
 def adaptive(n: Numbers) -> list[str]:
     """AdaptiveGRPO against others, each pair at the rollouts of the one that drew fewer."""
     others = ("2-GRPO", "2-GRPO+RS", "16-GRPO_same_rollouts", "16-GRPO")
-    found = [n.differs("Adaptive", other, n.less_at_equal_rollouts("Adaptive", other)) for other in others]
-    return [*(f"{text}." for text in found), n.costs("Adaptive", "2-GRPO")]
+    found = [n.scores("Adaptive", *others)]
+    for other in others:
+        difference = n.differs("Adaptive", other, n.less_at_equal_rollouts("Adaptive", other))
+        found.append(f"Where the one that drew fewer rollouts ends, {difference}.")
+    return [*found, n.costs("Adaptive", "2-GRPO")]
 
 
 @dataclass
