@@ -69,7 +69,7 @@ def test_every_run_is_what_its_name_says(monkeypatch: pytest.MonkeyPatch):
         k: found["2-GRPO"][k] for k in ("model", "data")
     }
     prompts, size, *_ = sizes(found["Adaptive"])
-    assert (2 * prompts, size) == (272, 4)
+    assert (prompts, size) == (142, 4)
     assert 2 * prompts < 512 < size * prompts  # as the share of ties has it
     assert {config["trainer"]["max_epochs"] for config in found.values()} == {120}
     assert all(config["model"]["lr_scheduler"]["init_args"]["total_iters"] == 10 for config in found.values())
@@ -156,13 +156,13 @@ def test_exactly_the_tied_prompts_get_more_completions(done: Path):
     folder = done / "runs" / "Adaptive"
     lines = (folder / "seed-0" / "samples" / "train-00000.jsonl").read_text().splitlines()
     samples = [(row["prompt"], row["reward"]) for row in map(json.loads, lines)]
-    pairs = [samples[i : i + 2] for i in range(0, 272, 2)]
+    pairs = [samples[i : i + 2] for i in range(0, 284, 2)]
     assert all(one[0] == other[0] for one, other in pairs)
     tied = [one[0] for one, other in pairs if one[1] == other[1]]
-    assert 0 < len(tied) < 136
-    assert [prompt for prompt, _ in samples[272:]] == [prompt for prompt in tied for _ in range(2)]
-    assert of(folder)["train/rollouts"] == 272 + 2 * len(tied)
-    assert of(folder)["train/extended_share"] == pytest.approx(len(tied) / 136)
+    assert 0 < len(tied) < 142
+    assert [prompt for prompt, _ in samples[284:]] == [prompt for prompt in tied for _ in range(2)]
+    assert of(folder)["train/rollouts"] == 284 + 2 * len(tied)
+    assert of(folder)["train/extended_share"] == pytest.approx(len(tied) / 142)
 
 
 def test_a_fixed_policy_stays_as_it_is(done: Path):
