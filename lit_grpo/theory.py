@@ -230,16 +230,59 @@ def adaptive_snr(p: Tensor | float, group_size: int, weights: Tensor | None = No
     if not 3 <= group_size < math.inf:
         raise ValueError(f"Expected `group_size` to be a whole number >= 3, got {group_size}.")
     p, size = _check(p, group_size), int(group_size)
-    differ, whole = 2 * p * (1 - p), informative_share(p, size)
-    m = torch.arange(1, size, dtype=p.dtype, device=p.device)  # winners of a whole group
-    ways = m.new_tensor([math.log(math.comb(size, i)) for i in range(1, size)])
-    chance = (ways + torch.special.xlogy(m, p[..., None]) + torch.special.xlog1py(size - m, -p[..., None])).exp()
+    m = torch.arange(size + 1, dtype=p.dtype, device=p.device)
+    ways = m.new_tensor([math.log(math.comb(size, i)) for i in range(size + 1)])
+    chances = (ways + torch.special.xlogy(m, p[..., None]) + torch.special.xlog1py(size - m, -p[..., None])).exp()
+    return _adaptive_snr(torch.stack([_mean(chance, weights) for chance in chances.unbind(-1)], -1))
+
+
+def _adaptive_snr(chances: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`adaptive_snr` from the chances ``[..., G + 1]`` of 0 to G winners in a whole group."""
+    size = chances.shape[-1] - 1
+    m = torch.arange(size + 1, dtype=chances.dtype, device=chances.device)
+    pairs = chances * m * (size - m)  # of a winner and a loser
+    differ, whole = 2 * pairs.sum(-1) / (size * (size - 1)), chances[..., 1:-1].sum(-1)
     ties = m * (m - 1) + (size - m) * (size - m - 1)
-    squares = 2 * differ + (chance * m * (size - m) / ties).sum(-1) * (size - 2) ** 2 / (size - 1)
-    signal, noise = _mean(differ / 2, weights), _mean(squares, weights) / size**2
-    ratio = torch.where(noise > 0, signal.square() / noise, 0)
+    squares = 2 * differ + (pairs / ties).sum(-1) * (size - 2) ** 2 / (size - 1)
+    ratio = torch.where(whole > 0, (differ / 2).square() * size**2 / squares, 0)
     drawn, trained = 2 + (size - 2) * (1 - differ), 2 * differ + size * (whole - differ)
-    return ratio / _mean(drawn, weights), ratio / _mean(trained, weights)
+    return ratio / drawn, ratio / trained
+
+
+def estimated_snr(
+    winners: Tensor, completions: int, group_size: int, weights: Tensor | None = None, adaptive: bool = False
+) -> tuple[Tensor, Tensor]:
+    r""":func:`snr_per_rollout` and :func:`snr_per_trained_row` of prompts known by some completions only.
+
+    All that enters is linear in the chances of 0 to G winners in a group. Of them the shares among all groups of G that
+    can be made of a prompt's n completions, k of them winners, :math:`\binom{k}{m} \binom{n - k}{G - m} /
+    \binom{n}{G}`, are unbiased estimates (see :func:`estimated_informative_share`), whatever the pass rates are.
+
+    Args:
+        winners: k, ``[K]``.
+        completions: n of each prompt, at least G.
+        group_size: G.
+        weights: how many prompts each k stands for, ``[K]``; one if not given.
+        adaptive: of :func:`adaptive_snr` instead.
+
+    >>> snr = estimated_snr(torch.tensor([0, 2, 4]), 4, group_size=2)
+    >>> [round(x.item(), 4) for x in snr]  # pairs are mixed with chances 0, 2 / 3 and 0
+    [0.0556, 0.25]
+    """
+    n, size = completions, group_size
+    if not (2 + adaptive <= size <= n and ((winners >= 0) & (winners <= n)).all()):
+        raise ValueError(
+            f"Expected 0 <= winners <= completions and {2 + adaptive} <= group_size {size} <= completions."
+        )
+    ways = [[math.comb(k, m) * math.comb(n - k, size - m) for m in range(size + 1)] for k in winners.int().tolist()]
+    each = torch.tensor(ways, dtype=torch.float64) / math.comb(n, size)
+    weights = torch.ones(len(winners)) if weights is None else weights
+    chances = torch.stack([_mean(chance, weights) for chance in each.unbind(-1)])
+    if adaptive:
+        return _adaptive_snr(chances)
+    m = torch.arange(size + 1, dtype=torch.float64)
+    signal, share = chances @ (m * (size - m)).sqrt() / size, chances[1:-1].sum()
+    return torch.where(share > 0, signal.square() / share, 0), (signal / share).square()
 
 
 def signal_and_noise(halves: Iterable[tuple[Tensor, Tensor]], share: float) -> Tensor:

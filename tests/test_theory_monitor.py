@@ -54,6 +54,31 @@ class TestEstimates:
         found = theory.estimated_informative_share(torch.tensor([2, 4]), torch.tensor([5, 4]), 3)
         torch.testing.assert_close(found, vector(mixed, 0))
 
+    def test_snr_is_that_of_all_groups_that_completions_form(self):
+        """Prompts with 1 and 3 winners of five, the second one twice as common: every group of three, of four."""
+        weights = vector(1, 2)
+        for size in (2, 3, 4):
+            signal, share = 0.0, 0.0
+            for weight, rewards in ((1 / 3, [1, 0, 0, 0, 0]), (2 / 3, [1, 1, 1, 0, 0])):
+                groups = torch.tensor(list(itertools.combinations(rewards, size)), dtype=torch.float64)
+                signal += weight * theory.contrastive_coefficient(groups).mean().item()
+                share += weight * (groups.std(-1) > 0).double().mean().item()
+            found = theory.estimated_snr(torch.tensor([1, 3]), 5, size, weights)
+            assert [x.item() for x in found] == pytest.approx([signal**2 / share, (signal / share) ** 2])
+
+    @pytest.mark.parametrize("adaptive", [False, True])
+    def test_snr_uses_the_whole_histogram_of_pass_rates(self, adaptive: bool):
+        """Prompts of known pass rates, and all that eight completions of each may be, as often as they are."""
+        p, share, k = vector(0.1, 0.6), vector(0.7, 0.3), torch.arange(9)
+        ways = vector(*(math.comb(8, i) for i in range(9)))
+        chance = share @ (ways * p[:, None] ** k * (1 - p[:, None]) ** (8 - k))
+        exact = (
+            theory.adaptive_snr if adaptive else lambda *a: (theory.snr_per_rollout(*a), theory.snr_per_trained_row(*a))
+        )
+        for size in (3, 4, 8):
+            found = theory.estimated_snr(k, 8, size, chance, adaptive)
+            torch.testing.assert_close(found, exact(p, size, share))
+
     def test_effective_pairs_by_pairing_up(self):
         """All ways to order six completions, two of them winners, and to cut them into three pairs."""
         orders = list(itertools.permutations([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
@@ -97,6 +122,10 @@ class TestEstimates:
             theory.estimated_informative_share(torch.tensor([1]), 3, 4)
         with pytest.raises(ValueError, match="0 <= winners <= completions"):
             theory.estimated_informative_share(torch.tensor([4]), 3, 2)
+        with pytest.raises(ValueError, match="3 <= group_size 2 <= completions"):
+            theory.estimated_snr(torch.tensor([1]), 4, 2, adaptive=True)
+        with pytest.raises(ValueError, match="2 <= group_size 8 <= completions"):
+            theory.estimated_snr(torch.tensor([1]), 4, 8)
         with pytest.raises(ValueError, match=r"shape \[P, G\] with G >= 2, got \[3\]"):
             theory.effective_pairs(torch.zeros(3))
         with pytest.raises(ValueError, match=r"`share` above 0 and below 1, got 1"):

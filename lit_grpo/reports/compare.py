@@ -8,7 +8,7 @@ import fcntl
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from lit_grpo.errors import UserError
 if TYPE_CHECKING:
     from lit_grpo.reports.results import Run
     from lit_grpo.reports.running import Job
+
+    Report = Callable[[dict[str, list[Run]], str, Path], None]
 
 OURS = ("--seed_everything", "--run_dir", "--ckpt_path")
 """Options of each run that this command sets."""
@@ -35,8 +37,12 @@ class Entry:
     """Of its runs."""
 
 
-def compare(args: list[str]) -> None:
+def compare(args: list[str], write: Report | None = None) -> None:
     """Run the command line of ``lit-grpo compare``; exit code 1 if a run failed.
+
+    Args:
+        args: of the command line.
+        write: what to do with the runs instead of :func:`report`, with its arguments.
 
     Raises:
         UserError: before any run begins, if a config has a mistake, or a folder holds another run.
@@ -71,7 +77,7 @@ def compare(args: list[str]) -> None:
             made[entry.name] = [run for folder in finished for run in read_runs(folder)]
     configs = {entry.name: made[entry.name] for entry in entries if entry.name in made}
     if configs:
-        report(configs, entries[0].name, out)
+        (write or report)(configs, entries[0].name, out)
     if runs.failed:
         sys.exit(1)
 
@@ -227,5 +233,5 @@ def report(configs: dict[str, list[Run]], first: str, out: Path) -> None:
     rows = make_rows(configs, first, scores)
     write_tables(rows, first, scores, out)
     draw(configs, scores[0], out / "curves.png")
-    write_page(configs, rows, first, scores, out / "curves.png", out / "report.html")
+    write_page(configs, rows, first, scores, out / "report.html", out / "curves.png")
     print(f"\n{(out / 'table.md').read_text(encoding='utf-8')}\nReport: {out / 'report.html'}")

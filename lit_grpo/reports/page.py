@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,38 @@ from lit_grpo.reports.table import NOTES, Row, difference_table, main_table
 PACKAGES = ("lit-grpo", "torch", "lightning", "transformers", "vllm")
 
 
+@dataclass
+class Answer:
+    """What numbers say to a question."""
+
+    question: str
+    sentences: list[str]
+    table: list[list[str]] = field(default_factory=list)
+    """Header and rows; may be empty."""
+
+    picture: Path | None = None
+    """PNG."""
+
+
 def write_page(
-    configs: dict[str, list[Run]], rows: list[Row], first: str, scores: tuple[str, str], picture: Path, path: Path
+    configs: dict[str, list[Run]],
+    rows: list[Row],
+    first: str,
+    scores: tuple[str, str],
+    path: Path,
+    picture: Path | None = None,
+    answers: Sequence[Answer] = (),
 ) -> None:
-    """Write ``report.html``: tables, curves, what was run and where the report was made.
+    """Write ``report.html``: answers, tables, curves, what was run and where the report was made.
 
     Args:
         configs: runs of each, one a seed.
         rows: of the tables.
         first: name of the configuration that others are compared with.
         scores: names of Mean@k and Pass@k in the log.
-        picture: PNG of the curves.
         path: of the page.
+        picture: PNG of the curves, if they are not those of the answers.
+        answers: to what the runs were made for.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -40,12 +62,18 @@ def write_page(
         first=first,
         tables=[main_table(rows, first, scores), difference_table(rows, first, scores)],
         notes=NOTES,
-        picture=base64.b64encode(picture.read_bytes()).decode(),
+        picture=picture and embedded(picture),
+        answers=[(answer, answer.picture and embedded(answer.picture)) for answer in answers],
         settings=settings_table(configs),
         folders={name: [str(run.folder) for run in runs] for name, runs in configs.items()},
         facts=facts(),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def embedded(picture: Path) -> str:
+    """A picture as base64."""
+    return base64.b64encode(picture.read_bytes()).decode()
 
 
 def settings_table(configs: dict[str, list[Run]]) -> list[list[str]]:

@@ -97,9 +97,7 @@ def gain(run: Run, score: str) -> float:
 
 def compare_rows(row: Row, runs: list[Run], first: list[Run], scores: tuple[str, str]) -> None:
     """Set what a row says of the first configuration: over the seeds that both have, and over problems."""
-    of_seed = {run.seed: run for run in first}
-    pairs = [(run, of_seed[run.seed]) for run in runs if run.seed in of_seed]
-    if pairs:
+    if pairs := paired(runs, first):
 
         def less(score: str) -> Interval | None:
             differences = [one.held_out[-1][score] - other.held_out[-1][score] for one, other in pairs]
@@ -116,6 +114,12 @@ def compare_rows(row: Row, runs: list[Run], first: list[Run], scores: tuple[str,
         found = paired_bootstrap(torch.tensor(list(ours.values())), torch.tensor([theirs[key] for key in ours]))
         row.over_problems = Interval(found.difference, found.low, found.high)
         row.p_value = found.p_value
+
+
+def paired(ours: list[Run], theirs: list[Run]) -> list[tuple[Run, Run]]:
+    """The runs of two configurations for each seed that they have in common."""
+    of_seed = {run.seed: run for run in theirs}
+    return [(run, of_seed[run.seed]) for run in ours if run.seed in of_seed]
 
 
 def mean_over_seeds(runs: list[Run]) -> dict[tuple[str, str], float]:
