@@ -84,7 +84,8 @@ class Numbers:
 
         def difference(one: Run, other: Run) -> float:
             least = min(rollouts(one), rollouts(other))
-            return float(np.subtract(*(np.interp(least, *run.curve(self.score, "rollouts")) for run in (one, other))))
+            found, others = (float(np.interp(least, *run.curve(self.score, "rollouts"))) for run in (one, other))
+            return found - others
 
         return self.over(ours, theirs, lambda pairs: fmean(difference(*pair) for pair in pairs))
 
