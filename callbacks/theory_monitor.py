@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning as L
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lit_grpo.data import Batch, RolloutData
-from lit_grpo.data.collate import rows_together
 from lit_grpo.errors import UserError
 from lit_grpo.sharding import shares_out
 from lit_grpo.theory import (
@@ -86,11 +84,11 @@ class TheoryMonitor(L.Callback):
                 "trainer.accumulate_grad_batches: TheoryMonitor cuts the micro-batches of an update into two halves, so"
                 f" their number must be even, got {accumulate}. Set it to {2 * accumulate}."
             )
-        unit = rows_together(pl_module.loss.unit, data.sharing)
-        if (units := data.first_half * math.ceil(data.rows_per_prompt / unit)) < accumulate // 2:
+        sets, what = data.sets_of(data.first_half)
+        if sets < accumulate // 2:
             raise UserError(
                 f"trainer.accumulate_grad_batches: half of the {accumulate} micro-batches are to read half of an update"
-                f" for TheoryMonitor, which has only {units} {'rows' if unit == 1 else f'sets of {unit} rows'}. Lower"
+                f" for TheoryMonitor, which has only {sets} {what}. Lower"
                 " it, or raise data.init_args.prompts_per_phase."
             )
         data.halved = True

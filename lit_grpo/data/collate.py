@@ -157,8 +157,9 @@ def micro_batches(
         return [row for u in units if not all(row.silent for row in u) for row in u]
 
     if drop_zeros:
-        kept = [speaks for rows in sets if (speaks := speaking(rows))]
-        zeros = sorted((rows[:unit] for rows in sets if not speaking(rows)), key=length)
+        of_each = [speaking(rows) for rows in sets]
+        kept = [rows for rows in of_each if rows]
+        zeros = sorted((rows[:unit] for rows, speaks in zip(sets, of_each, strict=True) if not speaks), key=length)
         sets = kept + zeros[: max(0, count - len(kept))]
     sets.sort(key=length, reverse=True)
     tokens = torch.tensor([length(rows) for rows in sets]).cumsum(0)

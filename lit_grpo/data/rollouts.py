@@ -110,9 +110,8 @@ class RolloutData(PromptData):
                 f" {self.updates_per_phase} x {world} processes = {self.updates_per_phase * world}. Use a multiple of"
                 f" {self.updates_per_phase * world}, such as {(share + 1) * self.updates_per_phase * world}."
             )
-        unit = rows_together(loss.unit, self.sharing)
-        if (sets := share * math.ceil(rows_per_prompt / unit)) < accumulate:
-            what = {1: "rows", 2: "pairs"}.get(unit, f"sets of {unit} rows that share a prompt")
+        sets, what = self.sets_of(share)
+        if sets < accumulate:
             raise UserError(
                 f"trainer.accumulate_grad_batches: {accumulate} micro-batches need at least as many {what}, but one"
                 f" update has {sets} per process. Lower it, or raise"
@@ -149,6 +148,12 @@ class RolloutData(PromptData):
                 " them. Leave it out, or set model.loss to TwoGRPO."
             )
         return loss.draws_first
+
+    def sets_of(self, groups: int) -> tuple[int, str]:
+        """How many sets of rows that stay in one micro-batch a number of groups has, and what to call them."""
+        unit = rows_together(self.trainer.lightning_module.loss.unit, self.sharing)
+        what = {1: "rows", 2: "pairs"}.get(unit, f"sets of {unit} rows that share a prompt")
+        return groups * math.ceil(self.rows_per_prompt / unit), what
 
     def phase_prompts(self, phase: int) -> list[Prompt]:
         """All prompts of a phase, in order: the training set is gone through in a new random order each time."""
