@@ -67,15 +67,14 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was. Of fewer rows, those that stay where they are are not touched."""
-        rows, length = len(beam_idx), self.get_seq_length()
+        rows = len(beam_idx)
+        if rows > len(self.keys):
+            self.take([self], [beam_idx])
+            return
         moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero().flatten()
         for name in ("keys", "values"):
             held: Tensor = getattr(self, name)
-            if rows > len(held):
-                self.rooms[name] = self.room_with(held[beam_idx], length)
-                held = self.rooms[name][:, :, :length]
-            else:
-                held[moved] = held[beam_idx[moved]]
+            held[moved] = held[beam_idx[moved]]
             setattr(self, name, held[:rows])
 
 
