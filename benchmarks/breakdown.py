@@ -31,6 +31,7 @@ WORK = {
     "16-GRPO, 25 M, 32 prompts": replace(PAIR, group_size=16, rollouts=512, micro_batches=32),
     "2-GRPO, 0.6 M, 256 prompts": Work("0.6 M", 2, 0.5, "even", "HFRollout"),
 }
+TOKENS = ("generated", "scored", "forwarded", "trained")
 GROWTH = {
     prompts: Work("0.6 M", 2, 0.5, "even", "HFRollout", 2 * prompts, 16, max(1, prompts // 128), steps)
     for prompts, steps in ((64, 33), (256, 9), (1024, 5), (4096, 3))
@@ -104,19 +105,27 @@ def main() -> None:
     for name, parts in phases.items():
         total = sum(parts.values())
         print(f"{name:32}" + "".join(f"{parts[part]:6.2f} {parts[part] / total:4.0%}" for part in PARTS), flush=True)
+    print(f"{'tokens of a phase':32}" + "".join(f"{kind:>11}" for kind in TOKENS))
+    for name, work in WORK.items():
+        of_each = [statistics.median(found[name][f"tokens_{kind}"] for found in rounds) for kind in TOKENS]
+        print(f"{name:32}" + "".join(f"{tokens / (work.steps - 1):11,.0f}" for tokens in of_each), flush=True)
     two, sixteen = list(WORK)[:2]
     both = [(seconds(found[two], WORK[two]), seconds(found[sixteen], WORK[sixteen])) for found in rounds]
     ratio("wall-clock of 2-GRPO over 16-GRPO, same prompts", both)
     if options.picture:
         draw(phases, options.picture)
-    grown = [
-        {n: seconds(ledger_of(work), work) / work.rollouts for n, work in GROWTH.items()}
-        for _ in range(options.repeats)
-    ]
-    for prompts in GROWTH:
-        ratio(
-            f"seconds per rollout, {prompts} prompts a phase, over 64", [(found[prompts], found[64]) for found in grown]
-        )
+    grown = [{prompts: ledger_of(work) for prompts, work in GROWTH.items()} for _ in range(options.repeats)]
+    print(f"{'microseconds of a rollout':32}" + "".join(f"{part:>11}" for part in PARTS))
+    for prompts, work in GROWTH.items():
+        parts = [statistics.median(found[prompts][part] for found in grown) for part in PARTS]
+        of_one = [1e6 * part / (work.steps - 1) / work.rollouts for part in parts]
+        print(f"{f'{prompts} prompts a phase':32}" + "".join(f"{each:11.0f}" for each in of_one), flush=True)
+    for prompts, work in GROWTH.items():
+        both = [
+            (seconds(found[prompts], work) / work.rollouts, seconds(found[64], GROWTH[64]) / GROWTH[64].rollouts)
+            for found in grown
+        ]
+        ratio(f"seconds per rollout, {prompts} prompts a phase, over 64", both)
 
 
 if __name__ == "__main__":

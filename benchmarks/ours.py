@@ -58,7 +58,6 @@ def train(
         str(folder),
         loss or GRPO(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
-        max_mismatch=1.0,
         share_prompts=share_prompts,
     )
     data = RolloutData(

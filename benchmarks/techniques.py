@@ -24,7 +24,7 @@ import torch
 from ours import train
 from vs_trl import Coin, Work, make_task
 
-from callbacks import HFRollout
+from callbacks import HFRollout, TheoryMonitor
 from callbacks.ledger import PARTS
 from lit_grpo import GRPO, Sample
 from lit_grpo.data.collate import Row
@@ -169,6 +169,8 @@ def main() -> None:
             found.setdefault("a reward that is waited for is called after the engine", []).append(apart / beside)
             ahead = seconds(folder, {"rollout": HFRollout(max_tokens=WORK.max_tokens, one_phase_ahead=True)})
             found.setdefault("(rollout.one_phase_ahead switched on)", []).append(ahead / whole)
+            monitored = seconds(folder, {"callbacks": [TheoryMonitor()]})
+            found.setdefault("(TheoryMonitor switched on)", []).append(monitored / whole)
     print(f"{'switched off':60}seconds of a phase, of those with it")
     for way, ratios in found.items():
         say(way, ratios)

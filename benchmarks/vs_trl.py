@@ -10,8 +10,8 @@ theory says throughout. TRL samples with ``model.generate``, we with the engine 
 
 What each side does with the 512 (or 64) rollouts of a step: TRL trains on all of them, we leave out groups that are
 tied, whose gradient is zero, with the denominators of all, and read a prompt once for up to four completions that train
-on it (``model.share_prompts``). "trained" is completion tokens per step. Before any timing,
-TRL's own first step, its completions and advantages, is given to our policy and loss: the gradients must agree.
+on it (``model.share_prompts``). "sampled" and "trained" are completion tokens per step. Before any timing, the
+completions of TRL's own first step are given to our reward, loss and policy: the gradients must agree.
 """
 
 from __future__ import annotations
@@ -115,33 +115,39 @@ def make_task(folder: Path, work: Work, prompts: int = 1024) -> None:
 
 
 class Marks:
-    """When each step ended, and how many completion tokens had been trained on."""
+    """When each step ended, and how many completion tokens had been sampled and trained on."""
 
     def __init__(self) -> None:
-        self.trained, self.steps = 0, list[tuple[float, int]]()
+        self.sampled, self.trained, self.steps = 0, 0, list[tuple[float, int, int]]()
 
     def step(self) -> None:
-        self.steps.append((time.perf_counter(), self.trained))
+        self.steps.append((time.perf_counter(), self.sampled, self.trained))
 
     def rates(self, work: Work, coin: Coin) -> dict[str, float]:
         """Of all steps but the first, which warms up."""
         assert coin.asked == work.steps * work.rollouts, (coin.asked, work)
-        (start, before), (end, after) = self.steps[0], self.steps[-1]
+        seconds, sampled, trained = (end - start for start, end in zip(self.steps[0], self.steps[-1], strict=True))
         steps = len(self.steps) - 1
         return {
-            "rollouts": steps * work.rollouts / (end - start),
-            "tokens": (after - before) / (end - start),
-            "trained": (after - before) / steps,
+            "rollouts": steps * work.rollouts / seconds,
+            "tokens": trained / seconds,
+            "sampled": sampled / steps,
+            "trained": trained / steps,
             "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
+
+
+def the_loss() -> Any:
+    """With TRL's scale of advantages."""
+    from lit_grpo import GRPO
+
+    return GRPO(scale="sample", epsilon=1e-4)
 
 
 def run_ours(folder: Path, work: Work) -> dict[str, float]:
     """One process's training by us."""
     import lightning as L
     from ours import train
-
-    from lit_grpo import GRPO
 
     marks, coin = Marks(), Coin(work.pass_rate)
 
@@ -150,9 +156,10 @@ def run_ours(folder: Path, work: Work) -> dict[str, float]:
             marks.trained += int(batch.mask.sum())
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            marks.sampled += int(trainer.callback_metrics["train/tokens"])
             marks.step()
 
-    train(folder, work, GRPO(scale="sample", epsilon=1e-4), coin=coin, callbacks=[Clock()])  # TRL's scale
+    train(folder, work, the_loss(), coin=coin, callbacks=[Clock()])
     return marks.rates(work, coin)
 
 
@@ -211,6 +218,7 @@ def run_trl(folder: Path, work: Work) -> dict[str, float]:
 
     def count(inputs: Any) -> None:
         marks.trained += int(inputs["completion_mask"].sum())
+        marks.sampled = marks.trained  # all of them
 
     trl_trainer(folder, work, coin, count, Clock()).train()
     return marks.rates(work, coin)
@@ -220,19 +228,21 @@ def check_gradient(folder: Path, work: Work) -> dict[str, float]:
     """How far our gradient is from TRL's, relative to its norm, on TRL's first step before anything is clipped."""
     from transformers import TrainerCallback
 
-    from lit_grpo import GRPO
-    from lit_grpo.data.collate import Row, step_batches
-    from lit_grpo.data.types import Completion
+    from lit_grpo.data.collate import checked_select, make_rows, step_batches
+    from lit_grpo.data.types import Completion, Group
     from lit_grpo.losses import LossInputs
-    from lit_grpo.policy import load_policy
+    from lit_grpo.policy import load_policy, load_tokenizer
 
-    rows, theirs = list[Row](), dict[str, torch.Tensor]()
+    groups, theirs = dict[tuple[int, ...], Group](), dict[str, torch.Tensor]()
+    tokenizer, coin = load_tokenizer(str(folder)), Coin(work.pass_rate)
 
     def keep(inputs: Any) -> None:
-        parts = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
-        for prompt, prompt_mask, ids, mask, advantage in zip(*(inputs[part] for part in parts), strict=True):
-            completion = Completion(ids[mask.bool()].tolist())
-            rows.append(Row(prompt[prompt_mask.bool()].tolist(), completion, advantage.item()))
+        parts = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        for prompt, prompt_mask, ids, mask in zip(*(inputs[part] for part in parts), strict=True):
+            prompt_ids, completion = prompt[prompt_mask.bool()].tolist(), Completion(ids[mask.bool()].tolist())
+            group = groups.setdefault(tuple(prompt_ids), Group(prompt_ids, [], []))
+            group.completions.append(completion)
+            group.rewards += coin([tokenizer.decode(completion.token_ids, skip_special_tokens=True)])
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
@@ -242,12 +252,13 @@ def check_gradient(folder: Path, work: Work) -> dict[str, float]:
     trainer = trl_trainer(folder, work, Coin(work.pass_rate), keep, Look())
     trainer.args.max_grad_norm = 0.0  # off
     trainer.train()
-    loss, policy = GRPO(), load_policy(str(folder))
+    loss, policy = the_loss(), load_policy(str(folder))
     policy.speed_up(None, packing=False, share_prompts=True, compiled=False)
+    rewards = torch.tensor([group.rewards for group in groups.values()], dtype=torch.float64)
+    rows = make_rows(list(groups.values()), *checked_select(loss, rewards), loss)
     total = sum(len(row.completion.token_ids) for row in rows)
-    rows.sort(key=lambda row: row.prompt_ids)  # TRL has shuffled them
-    count, group = work.micro_batches, work.group_size
-    for batch in step_batches(rows, count, loss, len(rows), total, None, on_policy=True, sharing=group):
+    sharing = work.group_size
+    for batch in step_batches(rows, work.micro_batches, loss, len(rows), total, None, on_policy=True, sharing=sharing):
         logps, _ = policy(batch.tokens, batch.mask)
         loss(LossInputs(logps, batch.mask, batch.advantages, total_rows=len(rows), total_tokens=total)).loss.backward()
     ours = {name: p.grad for name, p in policy.lm.named_parameters()}
@@ -279,7 +290,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(SIDES[options.side](Path(options.folder), Work(**json.loads(options.work)))))
         return
-    columns = f"{'rollouts/s':>22}{'tokens trained/s':>20}{'trained/step':>18}{'peak MiB':>14}"
+    columns = f"{'rollouts/s':>14}{'tokens trained/s':>20}{'sampled/step':>18}{'trained/step':>18}{'peak MiB':>16}"
     print(f"{'ours / TRL':52}{columns}  gradient  ratio of rollouts/s")
     for number in options.only:
         work = WORK[number]
@@ -291,12 +302,10 @@ def main() -> None:
             pairs = [(one("ours", folder, work), one("trl", folder, work)) for _ in range(options.pairs)]
         middle = {key: [statistics.median(pair[i][key] for pair in pairs) for i in (0, 1)] for key in pairs[0][0]}
         ratios = sorted(ours["rollouts"] / theirs["rollouts"] for ours, theirs in pairs)
-        shown = [f"{middle[key][0]:,.0f} / {middle[key][1]:,.0f}" for key in ("rollouts", "tokens", "trained", "MiB")]
-        print(
-            f"{number} {work.name:50}{shown[0]:>22}{shown[1]:>20}{shown[2]:>18}{shown[3]:>14}"
-            f"  {difference:8.1g}  {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
-            flush=True,
-        )
+        shown = {key: f"{a:,.0f} / {b:,.0f}" for key, (a, b) in middle.items()}
+        counts = f"{shown['sampled']:>18}{shown['trained']:>18}{shown['MiB']:>16}  {difference:8.1g}"
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        print(f"{number} {work.name:50}{shown['rollouts']:>14}{shown['tokens']:>20}{counts}  {spread}", flush=True)
 
 
 if __name__ == "__main__":

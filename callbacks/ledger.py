@@ -10,10 +10,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 
 from lit_grpo.data import Batch
 
 PARTS = ("generate", "reward", "sync", "scoring", "forward", "backward", "optimizer", "other")
+
+
+def read_by(module: Any) -> dict[str, int]:
+    """Tokens that policy and reference have read so far."""
+    models = [model for model in (module.policy, module.reference) if isinstance(model, nn.Module)]
+    return {name: sum(getattr(model, name) for model in models) for name in ("tokens_forwarded", "tokens_scored")}
 
 
 class Ledger(L.Callback):
@@ -22,9 +29,9 @@ class Ledger(L.Callback):
     ``train/seconds_<part>``: ``generate``, ``reward`` and ``sync`` (weights to the engine) of rollouts; ``scoring``
     (log-probs without gradient, of the reference or the old policy); ``forward``, ``backward``, ``optimizer``;
     ``other``, all else but validation. ``train/rows_trained``, completions that were forwarded, and
-    ``train/tokens_trained`` of them; ``train/tokens_forwarded``, prompts and padding included, also where ``packing``
-    or ``share_prompts`` leaves some of them out. Seconds are the host's: what a GPU has not done yet counts where the
-    host waits for it.
+    ``train/tokens_trained`` of them; ``train/tokens_forwarded`` and, of what is scored without gradient,
+    ``train/tokens_scored``, prompts and padding included. Seconds are the host's: what a GPU has not done yet counts
+    where the host waits for it.
     """
 
     def __init__(self) -> None:
@@ -37,13 +44,12 @@ class Ledger(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
-        self.trained, self.forwarded, self.rows = torch.zeros((), device=pl_module.device), 0.0, 0.0
+        self.trained, self.rows, self.read_before = torch.zeros((), device=pl_module.device), 0.0, read_by(pl_module)
         pl_module.seconds_scoring = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self.mark, self.updates, self.scored = time.perf_counter(), False, pl_module.seconds_scoring
         self.rows += len(batch.tokens)
-        self.forwarded += batch.tokens.numel()
         self.trained += batch.mask.sum()
 
     def passed(self, part: str) -> None:
@@ -84,7 +90,7 @@ class Ledger(L.Callback):
         counts = {
             "train/rows_trained": self.rows,
             "train/tokens_trained": self.trained.item(),
-            "train/tokens_forwarded": self.forwarded,
+            **{f"train/{name}": float(n - self.read_before[name]) for name, n in read_by(pl_module).items()},
         }
         pl_module.log_dict(counts, sync_dist=True, reduce_fx="sum")
         generated = {"tokens_generated": float(metrics.get("train/tokens", 0.0))}

@@ -148,7 +148,7 @@ class Rollout(L.Callback, ABC):
             data.stats["seconds_generate"] += waited
             if not self.one_phase_ahead:
                 engine.sleep()
-            elif phase + 1 != trainer.max_epochs:
+            elif not self.ends(trainer, data.updates_per_phase):
                 data.draw_ahead(engine, self.sampling, phase + 1)
             self.rollouts += data.rollouts
             stats["rollouts"] = float(self.rollouts)
@@ -156,6 +156,11 @@ class Rollout(L.Callback, ABC):
         pl_module.log_dict(
             {f"train/{k}": v for k, v in stats.items()}, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
         )
+
+    def ends(self, trainer: L.Trainer, updates: int) -> bool:
+        """Whether this many updates are the last."""
+        steps = trainer.global_step + updates
+        return trainer.current_epoch + 1 == trainer.max_epochs or steps >= trainer.max_steps > -1
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("train/seconds", self.clock())

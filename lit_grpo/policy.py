@@ -32,6 +32,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.packing = self.sharing = False
+        self.tokens_forwarded = self.tokens_scored = 0
+        """Read with and without gradient so far, prompts and padding included."""
 
     def forward(
         self,
@@ -56,23 +58,28 @@ class Policy(nn.Module):
 
     def padded(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Hidden states ``[N, T - 1, H]`` of as many tokens."""
-        hidden: Tensor = self.lm.base_model(tokens, use_cache=False).last_hidden_state
+        return self.decoded(tokens)
+
+    def decoded(self, tokens: Tensor, **options: Tensor) -> Tensor:
+        """What the decoder makes of ``tokens``."""
+        if torch.is_grad_enabled():
+            self.tokens_forwarded += tokens.numel()
+        else:
+            self.tokens_scored += tokens.numel()
+        hidden: Tensor = self.lm.base_model(tokens, use_cache=False, **options).last_hidden_state
         return hidden
 
     def packed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """As ``padded``, reading all rows as one without padding; positions that begin again say where a row does."""
         places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         real = places <= torch.where(mask, places, 0).amax(-1, keepdim=True)
-        rows = self.lm.base_model(tokens[real][None], position_ids=places[real][None], use_cache=False)
-        hidden: Tensor = rows.last_hidden_state[0]
+        hidden = self.decoded(tokens[real][None], position_ids=places[real][None])[0]
         return hidden.new_zeros(*tokens.shape, hidden.shape[-1]).index_put((real,), hidden)
 
     def beside_each_other(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """As ``padded``, reading the prompt of rows that follow each other and have the same once."""
         layout = side_by_side(tokens, mask)
-        hidden: Tensor = self.lm.base_model(
-            layout.tokens, attention_mask=layout.attends, position_ids=layout.positions, use_cache=False
-        ).last_hidden_state
+        hidden = self.decoded(layout.tokens, attention_mask=layout.attends, position_ids=layout.positions)
         return hidden.flatten(0, 1).index_select(0, layout.places.flatten()).view(*tokens.shape, -1)
 
     def speed_up(self, attention: str | None, packing: bool, share_prompts: bool, compiled: bool) -> None:

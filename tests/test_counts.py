@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from test_invariance import ScriptedRollout, even_first_digit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from callbacks import Ledger
 from lit_grpo.data import RolloutData, Source
 from lit_grpo.losses import DPO, GRPO, Loss, LossInputs, TwoGRPO, diagnostics
 from lit_grpo.module import PolicyModule
@@ -35,28 +37,34 @@ class Counted(TorchDispatchMode):
 
 
 def phase(
-    model: str, prompts: str, folder: Path, loss: Loss, monkeypatch: pytest.MonkeyPatch
+    model: str, prompts: str, folder: Path, loss: Loss, monkeypatch: pytest.MonkeyPatch, share_prompts: bool = False
 ) -> tuple[list[tuple[bool, int]], RolloutData]:
     """Each forward pass of a phase in four micro-batches: whether it was the policy's, and tokens with padding."""
     passes: list[tuple[bool, int]] = []
-    forward = Policy.forward
+    decoded = Policy.decoded
 
-    def counted(policy: Policy, tokens: torch.Tensor, *rest: Any, **more: Any) -> Any:
+    def counted(policy: Policy, tokens: torch.Tensor, **more: Any) -> Any:
         passes.append((policy.training, tokens.numel()))
-        return forward(policy, tokens, *rest, **more)
+        return decoded(policy, tokens, **more)
 
-    monkeypatch.setattr(Policy, "forward", counted)
+    monkeypatch.setattr(Policy, "decoded", counted)
     data = RolloutData(Source(prompts), reward=even_first_digit, prompts_per_phase=64)
-    trainer = quiet_trainer(folder, max_epochs=1, accumulate_grad_batches=4, callbacks=[ScriptedRollout(max_tokens=12)])
-    trainer.fit(PolicyModule(model, loss, max_mismatch=100), data)
+    trainer = quiet_trainer(
+        folder, max_epochs=1, accumulate_grad_batches=4, callbacks=[Ledger(), ScriptedRollout(max_tokens=12)]
+    )
+    trainer.fit(PolicyModule(model, loss, max_mismatch=100, share_prompts=share_prompts), data)
     return passes, data
 
 
-def tokens_of(data: RolloutData, trains: Any) -> int:
-    """Prompt and completion tokens of the groups that ``trains`` says of their rewards."""
+def tokens_of(data: RolloutData, trains: Any, prompts_of_each: int = 2) -> int:
+    """Prompt and completion tokens of the groups that ``trains`` says of their rewards, but each row's last token."""
     n = data.group_size
     groups = [data.samples[i : i + n] for i in range(0, len(data.samples), n)]
-    return sum(len(s.prompt) + s.num_tokens for group in groups if trains({s.reward for s in group}) for s in group)
+    return sum(
+        prompts_of_each * len(group[0].prompt) + sum(s.num_tokens - 1 for s in group)
+        for group in groups
+        if trains({s.reward for s in group})
+    )
 
 
 @pytest.mark.parametrize("loss", [TwoGRPO(), GRPO()])
@@ -70,12 +78,25 @@ def test_ties_and_padding_cost_nothing(
     assert trained <= sum(tokens for _, tokens in passes) < 1.25 * trained
 
 
+def test_a_prompt_that_is_shared_is_read_once(
+    model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """But in the first micro-batch, which is also read plainly."""
+    passes, data = phase(model, many_prompts, tmp_path, TwoGRPO(), monkeypatch, share_prompts=True)
+    assert len(passes) == 5
+    each_row, each_pair = (tokens_of(data, lambda rewards: len(rewards) > 1, prompts) for prompts in (2, 1))
+    read = sum(tokens for _, tokens in passes) - passes[1][1]
+    assert each_pair <= read < 1.25 * each_pair < each_row
+
+
 def test_a_reference_costs_one_pass_for_each_micro_batch(
     model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     passes, _ = phase(model, many_prompts, tmp_path, DPO(), monkeypatch)
     assert [policy for policy, _ in passes] == [False, True] * 4
     assert passes[::2] == [(False, tokens) for _, tokens in passes[1::2]]
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["tokens_forwarded"] == ledger["tokens_scored"] == sum(tokens for _, tokens in passes[::2])
 
 
 def wide() -> Policy:

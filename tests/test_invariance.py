@@ -192,6 +192,7 @@ def train(
     lora: LoRA | None = None,
     recompute: bool = False,
     turned: bool = False,
+    read: dict[str, bool] | None = None,
     **options,
 ) -> dict[str, Tensor]:
     """Weights and metrics after one phase of sixteen prompts, or after one step on eight pairs of a file."""
@@ -199,7 +200,7 @@ def train(
     if keep_zeros:
         loss.drops_zero_advantages = False
     L.seed_everything(0, verbose=False)
-    settings = {"lora": lora, "gradient_checkpointing": recompute, "max_mismatch": 100}
+    settings = {"lora": lora, "gradient_checkpointing": recompute, "max_mismatch": 100, **(read or {})}
     module = Module(model, loss, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **settings)
     module.double_precision = double
     if offline is None:
@@ -341,6 +342,8 @@ def cases(job: dict[str, str], cache: str) -> dict[str, dict[str, Any]]:
         "resampled": online | {"name": "2-grpo", "resample": True},
         "clipped": online | {"name": "grpo kl", "gradient_clip_val": 0.01},
         "recomputed": online | {"name": "grpo kl", "recompute": True},
+        "prompts shared": online | {"name": "grpo kl", "read": {"share_prompts": True}},
+        "packed": online | {"name": "grpo kl", "read": {"packing": True}},
         "adapters": online | {"name": "grpo kl", "lora": LoRA(r=4, alpha=64)},
         "kto offline": offline | {"name": "kto"},
         "cached": offline | {"name": "dpo", "callbacks": [ReferenceCache(f"{job['folder']}/{cache}")]},
@@ -392,7 +395,7 @@ def test_processes_change_nothing(
     for (name, double), same in itertools.groupby(
         sorted(runs(processes, alone, full), key=lambda run: run[1:3]), lambda run: run[1:3]
     ):
-        plain = {key: value for key, value in alone[name].items() if key not in ("turned", "keep_zeros")}
+        plain = {key: value for key, value in alone[name].items() if key not in ("turned", "keep_zeros", "read")}
         whole = train(model, folder=tmp_path, double=double, **plain)
         update = furthest({key: whole[key] for key in start}, start)
         tolerance = 1e-12 if double else 1e-6 * max(1.0, update)

@@ -40,6 +40,8 @@ def test_phases_add_up_to_the_run_and_tied_pairs_cost_nothing(model: str, many_p
         trained = sum(a["num_tokens"] + b["num_tokens"] for a, b in informative)
         assert float(row["train/tokens_trained"]) == trained
         assert trained < float(row["train/tokens_forwarded"])
+        canary = phase in (0, 2)  # with which a process begins
+        assert (float(row["train/tokens_scored"]) > 0) == canary
     assert ledger["rows_trained"] == sum(float(row["train/rows_trained"]) for row in rows)
     assert ledger["tokens_trained"] == sum(float(row["train/tokens_trained"]) for row in rows)
     assert ledger["tokens_generated"] == sum(float(row["train/tokens"]) for row in rows)

@@ -229,6 +229,27 @@ class TestOnePhaseAhead:
         quiet_trainer(tmp_path, max_epochs=2, callbacks=[rollout]).fit(module, data)
         assert updated.is_set()
 
+    @pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 4}])
+    def test_no_phase_is_drawn_that_nobody_trains_on(
+        self, end: dict[str, int], model: str, many_prompts: str, tmp_path: Path
+    ):
+        asked: list[int] = []
+
+        class Counting(ScriptedEngine):
+            def _generate(self, prompts: Any, *rest: Any) -> Any:
+                asked.append(len(prompts))
+                yield from super()._generate(prompts, *rest)
+
+        class Rollouts(ScriptedRollout):
+            def make_engine(self, module: Any, context: int) -> Any:
+                return Counting(context)
+
+        module = PolicyModule(model, max_mismatch=100)
+        data = RolloutData(Source(many_prompts), reward=even_first_digit, prompts_per_phase=8, updates_per_phase=2)
+        rollout = Rollouts(max_tokens=12, one_phase_ahead=True)
+        quiet_trainer(tmp_path, callbacks=[rollout], **end).fit(module, data)
+        assert asked == [8, 8]
+
     def test_an_engine_at_work_is_stopped_before_it_is_closed(self, model: str, many_prompts: str, tmp_path: Path):
         events = []
 
