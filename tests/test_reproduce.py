@@ -19,7 +19,7 @@ from lit_grpo.reports.compare import check_scores, entry_of, parsed
 from lit_grpo.reports.results import Run, read_run
 from lit_grpo.reports.running import Job
 from lit_grpo.reproduce import __main__ as reproduce
-from lit_grpo.reproduce.answers import QUESTIONS, Numbers, adaptive, reaches
+from lit_grpo.reproduce.answers import QUESTIONS, Numbers, adaptive, longer, reaches
 from lit_grpo.reproduce.runs import FIXED_RUNS, RUNS, TwoGRPOAllRows, command
 from lit_grpo.reproduce.signal import SignalToNoise
 
@@ -48,7 +48,10 @@ def test_every_run_is_what_its_name_says(monkeypatch: pytest.MonkeyPatch):
     """Prompts and rollouts per phase, rollouts per update, and the rate, which goes with the prompts per update."""
     monkeypatch.chdir(ROOT)
     found = configs_of(RUNS)
-    assert len(found) == 16
+    assert len(found) == 17
+    longer = found.pop("2-GRPO_twice_as_long")
+    assert longer["trainer"]["max_epochs"] == 240
+    assert all(longer[key] == found["2-GRPO_same_rate"][key] for key in ("model", "data"))
     scaled, same_rate = (3e-4 / 256, 3.75e-5 / 32)
     assert scaled == same_rate  # the paper's 8e-6 / 256 and 1e-6 / 32 are the same as well
     for group_size, name in ((2, "2-GRPO"), (4, "4-GRPO"), (8, "8-GRPO"), (16, "16-GRPO")):
@@ -232,6 +235,30 @@ def test_at_equal_rollouts_curves_are_read_where_the_shorter_ends():
     n = Numbers(runs, "val/mean_at_4")
     assert "10.0 points above 2-GRPO," in adaptive(n)[1]
     assert "level with 16-GRPO," in adaptive(n)[4]
+
+
+def test_a_result_is_reached_where_the_mean_over_seeds_is():
+    """16-GRPO ends at 0.8, so the bound is 0.7808: one seed is above it at once, both together after two phases."""
+
+    def curve(seed: int, scores: list[float]) -> Run:
+        epochs = range(len(scores))
+        rows = [{"epoch": float(i), "train/rollouts": 10.0 * (i + 1), "train/seconds_other": 2.0} for i in epochs]
+        return Run(Path(), seed, {}, rows, [{"val/mean_at_4": x, "epoch": float(i)} for i, x in enumerate(scores)])
+
+    configs = {
+        "16-GRPO": [run_of(seed, 0.8) for seed in (0, 1)],
+        "2-GRPO_same_rate": [run_of(seed, 0.5) for seed in (0, 1)],
+        "2-GRPO_twice_as_long": [curve(0, [0.79, 0.8, 0.7]), curve(1, [0.5, 0.77, 0.7])],
+    }
+    n = Numbers(configs, "val/mean_at_4")
+    found = longer(n)
+    assert found[2].endswith(
+        "result, 78.1, is in the mean over seeds first reached by 2-GRPO_twice_as_long after 20 rollouts: 20.0 % of the"
+        " rollouts and 40.0 % of the seconds of 16-GRPO's whole run."
+    )
+    assert "first reached by 16-GRPO after 100 rollouts" in found[3]
+    configs["2-GRPO_twice_as_long"].pop(0)
+    assert longer(n)[2].endswith("not reached by 2-GRPO_twice_as_long.")
 
 
 def fixed_run(

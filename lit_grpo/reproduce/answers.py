@@ -89,6 +89,16 @@ class Numbers:
 
         return self.over(ours, theirs, lambda pairs: fmean(difference(*pair) for pair in pairs))
 
+    def arrives(self, name: str, bound: float) -> tuple[float, float] | None:
+        """Rollouts and seconds at the first validation whose mean over seeds has this Mean@k; None if none has."""
+        runs = self.configs[name]
+        means = map(fmean, zip(*(run.curve(self.score, "rollouts")[1] for run in runs), strict=True))
+        at = next((i for i, mean in enumerate(means) if mean >= bound), None)
+        if at is None:
+            return None
+        drawn, took = (fmean(run.curve(self.score, axis)[0][at] for run in runs) for axis in ("rollouts", "seconds"))
+        return drawn, took
+
     def differs(self, ours: str, theirs: str, found: Interval | None) -> str:
         """A difference of Mean@k in words."""
         if found is None:
@@ -159,6 +169,26 @@ def reaches(n: Numbers) -> list[str]:
     found.append(f"{verdict(of_gain, PAPER['score'], 'at least')}, of the gain, {harder}: {percent(of_gain)}.")
     every = all(text.startswith("Yes") for text in found[:3])
     return ["Yes, all three are reached." if every else "No, not all three are reached.", *found]
+
+
+def longer(n: Numbers) -> list[str]:
+    """2-GRPO with more phases, and where it comes to what the paper has it keep."""
+    name = "2-GRPO_twice_as_long"
+    bound = PAPER["score"] * fmean(map(n.after, n.configs["16-GRPO"]))
+    found = [
+        n.scores("16-GRPO", "2-GRPO_same_rate", name),
+        f"{n.differs(name, '16-GRPO', n.less(name, '16-GRPO'))}. {n.costs(name, '16-GRPO')}",
+    ]
+    all_drawn, all_seconds = (fmean(map(number, n.configs["16-GRPO"])) for number in (rollouts, seconds))
+    for who in (name, "16-GRPO"):
+        head = f"{100 * PAPER['score']:g} % of 16-GRPO's result, {100 * bound:.1f}, is in the mean over seeds"
+        if (place := n.arrives(who, bound)) is None:
+            found.append(f"{head} not reached by {who}.")
+            continue
+        drawn, took = place
+        shares = f"{100 * drawn / all_drawn:.1f} % of the rollouts and {100 * took / all_seconds:.1f} % of the seconds"
+        found.append(f"{head} first reached by {who} after {drawn:,.0f} rollouts: {shares} of 16-GRPO's whole run.")
+    return found
 
 
 def verdict(found: Interval | None, bound: float, way: str) -> str:
@@ -251,6 +281,12 @@ QUESTIONS = [
         "Does 2-GRPO reach 97.6 % of 16-GRPO at 12.5 % of the rollouts and 21 % of the time, as in the paper?",
         reaches,
         ["16-GRPO", "2-GRPO"],
+    ),
+    Question(
+        "How long does 2-GRPO need to come to 97.6 % of 16-GRPO's result?",
+        longer,
+        ["16-GRPO", "2-GRPO_same_rate", "2-GRPO_twice_as_long"],
+        "longer.png",
     ),
     Question("What does skipping tied pairs contribute?", skipping, ["2-GRPO", "2-GRPO_all_rows"]),
     Question(

@@ -18,6 +18,7 @@ RUNS = {
     "4-GRPO": "reproduce/g4_scaled.yaml",
     "8-GRPO": "reproduce/g8_scaled.yaml",
     "2-GRPO_same_rate": "reproduce/g2.yaml",
+    "2-GRPO_twice_as_long": "reproduce/g2.yaml reproduce/longer.yaml",
     "4-GRPO_same_rate": "reproduce/g4.yaml",
     "8-GRPO_same_rate": "reproduce/g8.yaml",
     "4-GRPO_same_rollouts": "reproduce/g4_rollouts.yaml",
