@@ -1,5 +1,5 @@
 # make quickstart    train a small policy with 2-GRPO, from nothing, in a few minutes
-# make reproduce     the paper's comparisons on the quickstart's task, three seeds, an hour or so on two cores
+# make reproduce     the paper's comparisons on the quickstart's task, three seeds, under an hour on two cores
 # make test          all tests
 # make test-long     those that take minutes each
 # make bench         the benchmarks of docs/performance.md, two hours or so
@@ -11,7 +11,7 @@ PYTHON ?= python3
 SEED ?= 0
 ROLLOUT ?= HFRollout
 SEEDS ?= 0 1 2
-JOBS ?= 1
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
