@@ -33,7 +33,7 @@ WORK = {
 }
 TOKENS = ("generated", "scored", "forwarded", "trained")
 GROWTH = {
-    prompts: Work("0.6 M", 2, 0.5, "even", "HFRollout", 2 * prompts, 16, max(1, prompts // 128), steps)
+    prompts: Work("0.6 M", 2, 0.5, "even", "HFRollout", 2 * prompts, 16, prompts // 64, steps)
     for prompts, steps in ((64, 33), (256, 9), (1024, 5), (4096, 3))
 }
 

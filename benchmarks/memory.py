@@ -3,8 +3,9 @@
     python benchmarks/memory.py [--repeats 3]     # needs trl
 
 A random Qwen2 with a vocabulary of 151,936 and few layers, so that the head is what counts; four rows of 32 prompt and
-256 completion tokens. Each way is a process of its own, and is given the hidden states of completions alone. Memory is
-what the process takes at most in forward and backward, beyond weights and gradients, which are there before.
+256 completion tokens. Each way is a process of its own. Plain and ours take the hidden states of completions alone;
+TRL's head is given labels, by which it leaves prompts out on GPUs only. Memory is what the process takes at most in
+forward and backward, beyond weights and gradients, which are there before.
 """
 
 from __future__ import annotations

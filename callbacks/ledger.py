@@ -10,17 +10,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lit_grpo.data import Batch
+from lit_grpo.distributed import data_rank, partners
 
 PARTS = ("generate", "reward", "sync", "scoring", "forward", "backward", "optimizer", "other")
 
 
-def read_by(module: Any) -> dict[str, int]:
-    """Tokens that policy and reference have read so far."""
-    models = [model for model in (module.policy, module.reference) if isinstance(model, nn.Module)]
-    return {name: sum(getattr(model, name) for model in models) for name in ("tokens_forwarded", "tokens_scored")}
+def read_by(module: Any) -> Tensor:
+    """[2] tokens that policy and reference have read so far, with gradient and without."""
+    models: list[Any] = [model for model in (module.policy, module.reference) if isinstance(model, nn.Module)]
+    return torch.tensor([[model.tokens_forwarded, model.tokens_scored] for model in models]).sum(0)
 
 
 class Ledger(L.Callback):
@@ -38,6 +39,8 @@ class Ledger(L.Callback):
         self.sums: dict[str, float] = {}
         self.validated = 0.0
         """Seconds of validation since the phase began."""
+        self.read_before = torch.zeros(2)
+        """What :func:`read_by` had said when the phase began, and what was read in validations since."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.phase_began, self.validated = time.perf_counter(), 0.0
@@ -72,12 +75,15 @@ class Ledger(L.Callback):
         if self.updates:
             self.passed("optimizer")
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.validation_began = time.perf_counter()
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.at_validation = time.perf_counter(), pl_module.seconds_scoring, read_by(pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
-            self.validated += time.perf_counter() - self.validation_began
+            began, scoring, read = self.at_validation
+            self.validated += time.perf_counter() - began
+            pl_module.seconds_scoring = scoring  # without that of the engine's canary
+            self.read_before = self.read_before + read_by(pl_module) - read
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         now, metrics = time.perf_counter(), trainer.callback_metrics
@@ -87,16 +93,15 @@ class Ledger(L.Callback):
         self.phase_began, self.validated, training["other"] = now, 0.0, other
         seconds = {f"train/seconds_{part}": value for part, value in training.items()}
         pl_module.log_dict(seconds, sync_dist=True)
-        counts = {
-            "train/rows_trained": self.rows,
-            "train/tokens_trained": self.trained.item(),
-            **{f"train/{name}": float(n - self.read_before[name]) for name, n in read_by(pl_module).items()},
-        }
-        pl_module.log_dict(counts, sync_dist=True, reduce_fx="sum")
-        generated = {"tokens_generated": float(metrics.get("train/tokens", 0.0))}
-        for key, value in {**sampling, **training, **generated, **counts}.items():
-            key = key.removeprefix("train/")
-            self.sums[key] = self.sums.get(key, 0.0) + value
+        counted = [self.rows, self.trained.item(), *(read_by(pl_module) - self.read_before).tolist()]
+        mine = torch.tensor(counted, dtype=torch.float64, device=pl_module.device)
+        of_all: Tensor = trainer.strategy.reduce(mine, reduce_op="sum") / partners(trainer)[1]
+        names = ("rows_trained", "tokens_trained", "tokens_forwarded", "tokens_scored")
+        counts = dict(zip(names, of_all.tolist(), strict=True))
+        pl_module.log_dict({f"train/{name}": value for name, value in counts.items()})
+        generated = {"tokens_generated": float(metrics.get("train/tokens", 0.0)) * data_rank(trainer)[1]}
+        for name, value in {**sampling, **training, **generated, **counts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.sums:

@@ -93,6 +93,7 @@ class _LinearLogps(torch.autograd.Function):
             for x, wanted in zip((states, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         grad_states, grad_weight, grad_bias = grads
+        head = weight.to(ctx.computes_in)
         for part, z, slope in _chunks(ctx, states, weight, bias):
             log_p = z.sub_(totals[part, None])
             if ctx.entropy:
@@ -107,7 +108,7 @@ class _LinearLogps(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(ctx.computes_in)
             if grad_states is not None:
-                grad_states[part] = (grad_logits @ weight.to(ctx.computes_in)).to(grad_states.dtype)
+                grad_states[part] = (grad_logits @ head).to(grad_states.dtype)
             if grad_weight is not None and grad_weight.dtype == grad_logits.dtype:
                 grad_weight.addmm_(grad_logits.T, states[part].to(grad_logits.dtype))
             elif grad_weight is not None:

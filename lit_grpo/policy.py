@@ -31,6 +31,7 @@ class Policy(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
+        self.divisor = logits_divisor(lm.config)
         self.packing = self.sharing = False
         self.tokens_forwarded = self.tokens_scored = 0
         """Read with and without gradient so far, prompts and padding included."""
@@ -54,7 +55,7 @@ class Policy(nn.Module):
         hidden = read(tokens[:, :-1], mask)  # of the last token, nobody asks what follows
         softcap = getattr(self.lm.config, "final_logit_softcapping", None)
         head = self.lm.get_output_embeddings()
-        return completion_logps(hidden, tokens, mask, head, temperature, softcap, entropy, places)
+        return completion_logps(hidden, tokens, mask, head, temperature * self.divisor, softcap, entropy, places)
 
     def padded(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Hidden states ``[N, T - 1, H]`` of as many tokens."""
@@ -126,6 +127,15 @@ class Policy(nn.Module):
                 yield
         finally:
             self.packing, self.sharing = before
+
+
+def logits_divisor(config: Any) -> float:
+    """What a model divides its logits by, between its head and their softmax: of most 1."""
+    scaling = getattr(config, "logits_scaling", None) or 1.0  # Granite, MiniCPM; HyperCLOVA X multiplies
+    by = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        by *= getattr(config, name, None) or 1.0
+    return 1 / by
 
 
 def load_policy(

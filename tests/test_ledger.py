@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from conftest import ENVIRONMENT
+from test_invariance import LAYOUTS, rank, train
 
-from callbacks.ledger import PARTS
+from callbacks import Ledger
+from callbacks.ledger import PARTS, read_by
 from lit_grpo.__main__ import main
+from lit_grpo.policy import load_policy
+
+COUNTS = ("rows_trained", "tokens_trained", "tokens_generated")
 
 
 def test_phases_add_up_to_the_run_and_tied_pairs_cost_nothing(model: str, many_prompts: str, tmp_path: Path):
@@ -45,3 +56,43 @@ def test_phases_add_up_to_the_run_and_tied_pairs_cost_nothing(model: str, many_p
     assert ledger["rows_trained"] == sum(float(row["train/rows_trained"]) for row in rows)
     assert ledger["tokens_trained"] == sum(float(row["train/tokens_trained"]) for row in rows)
     assert ledger["tokens_generated"] == sum(float(row["train/tokens"]) for row in rows)
+
+
+def test_what_the_engine_is_tested_with_before_a_validation_is_no_part_of_the_phase(model: str):
+    ledger, policy = Ledger(), load_policy(model)
+    module: Any = SimpleNamespace(policy=policy, reference=None, seconds_scoring=0.0, device="cpu")
+    trainer: Any = SimpleNamespace(sanity_checking=False)
+    ledger.on_train_start(trainer, module)
+    ledger.on_train_epoch_start(trainer, module)
+    tokens, mask = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
+    policy(tokens, mask)
+    ledger.on_validation_start(trainer, module)
+    with torch.no_grad():
+        policy(tokens, mask)
+    module.seconds_scoring += 5.0
+    ledger.on_validation_end(trainer, module)
+    assert module.seconds_scoring == 0.0
+    assert (read_by(module) - ledger.read_before).tolist() == [8, 0]
+
+
+def sums(job: dict[str, str], **options: Any) -> dict[str, float]:
+    """Of a phase in which all rows are trained on."""
+    ledger = Ledger()
+    train(job["model"], job["many"], Path(job["folder"]), "grpo kl", keep_zeros=True, callbacks=[ledger], **options)
+    return {name: ledger.sums[name] for name in COUNTS}
+
+
+@pytest.mark.parametrize("layout", ["ddp", "tensor"])
+def test_counts_are_those_of_all_processes(layout: str, model: str, many_prompts: str, tmp_path: Path):
+    """Once each, also where two processes have the same data."""
+    job = {"model": model, "many": many_prompts, "folder": str(tmp_path), "layout": layout}
+    subprocess.run([sys.executable, __file__, json.dumps(job)], check=True, timeout=300, env=ENVIRONMENT)
+    assert json.loads((tmp_path / "sums.json").read_text()) == sums(job)
+    assert sums(job)["rows_trained"] == 16 * 4
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    found = sums(job, devices=2, strategy=LAYOUTS[2][job["layout"]][1]())
+    if rank() == 0:
+        (Path(job["folder"]) / "sums.json").write_text(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from conftest import quiet_trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from test_invariance import ScriptedRollout, even_first_digit
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+)
 
 from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
@@ -19,7 +28,7 @@ from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
 from lit_grpo.losses import GRPO, LossInputs, LossOutput, TwoGRPO
 from lit_grpo.module import PolicyModule
-from lit_grpo.policy import load_policy, load_reference, load_tokenizer, stop_token_ids
+from lit_grpo.policy import Policy, load_policy, load_reference, load_tokenizer, stop_token_ids
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +46,27 @@ class TestLogps:
             (policy.lm(tokens).logits[:, :-1] / temperature).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         )
         torch.testing.assert_close(policy(tokens, mask, temperature)[0], plain * mask, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("config", "key", "value"),
+        [
+            (GraniteConfig, "logits_scaling", 6.0),
+            (CohereConfig, "logit_scale", 0.25),
+            (HyperCLOVAXConfig, "logits_scaling", 3.0),
+            (Gemma2Config, "final_logit_softcapping", 0.1),
+        ],
+    )
+    def test_what_models_do_to_logits_after_their_head_is_done(self, config: Any, key: str, value: float):
+        sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(config(**sizes, **heads, **{key: value})).double().eval()
+        tokens, mask = batch()
+        logits = lm(tokens).logits[:, :-1]
+        plain = (logits / 0.6).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
+        torch.testing.assert_close(Policy(lm)(tokens, mask, 0.6)[0], plain, rtol=0, atol=1e-6)
+        unscaled = torch.log_softmax(torch.zeros(16), -1)[0].item()
+        assert (plain - unscaled * mask).abs().max() > 1e-3  # so that a scale would show
 
     def test_padding_changes_nothing(self, model: str):
         policy = load_policy(model).double()

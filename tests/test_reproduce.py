@@ -140,6 +140,17 @@ def test_costs_are_those_that_follow_from_rewards(done: Path):
     assert replaced["train/informative_share"] > found["2-GRPO"]["train/informative_share"]
 
 
+def test_losses_begin_with_the_same_rollouts(done: Path):
+    """And go on with those of their own policy."""
+
+    def samples(name: str) -> list[tuple[str, str]]:
+        path = done / "runs" / name / "seed-0" / "samples" / "train-00000.jsonl"
+        return [(row["prompt"], row["completion"]) for row in map(json.loads, path.read_text().splitlines())]
+
+    assert len(samples("2-GRPO")) == 512
+    assert all(samples(name) == samples("2-GRPO") for name in ("DPO", "IPO", "KTO", "2-GRPO_all_rows"))
+
+
 def test_tied_rows_change_no_update(done: Path, tmp_path: Path):
     weights = [load_file(done / "runs" / name / "seed-0" / "pretrained" / "model.safetensors") for name in ("2-GRPO", "2-GRPO_all_rows")]  # fmt: skip
     before = load_file(done.parent / "runs/quickstart/task-seed0/unreliable/pretrained/model.safetensors")
@@ -201,17 +212,29 @@ def run_of(seed: int, score: float, drawn: float = 100, seconds: float = 10, **s
 @pytest.mark.parametrize(
     ("score", "drawn", "seconds", "expected"),
     [
-        (0.79, 12.5, 2.0, ["Yes, all", "Yes, at least", "Yes, at most", "Yes, at most", "Yes, of the gain"]),
-        (0.785, 12.5, 2.2, ["No, not all", "Yes, at least", "Yes, at most", "No, at most", "No, of the gain"]),
-        (0.5, 13.0, 2.0, ["No, not all", "No, at least", "No, at most", "Yes, at most", "No, of the gain"]),
+        (0.79, 12.5, 2.0, ["Yes", "not below", "not above", "not above", "not below"]),
+        (0.785, 12.5, 2.2, ["No", "not below", "not above", "above", "below"]),
+        (0.5, 13.0, 2.0, ["No", "below", "above", "not above", "below"]),
     ],
 )
 def test_the_verdict_is_that_of_the_numbers(score: float, drawn: float, seconds: float, expected: list[str]):
     """16-GRPO ends at 0.8: 97.6 % of it is 0.7808, of its gain 0.7856."""
-    numbers = Numbers({"16-GRPO": [run_of(0, 0.8)], "2-GRPO": [run_of(0, score, drawn, seconds)]}, "val/mean_at_4")
-    found = reaches(numbers)
-    assert [text[: len(start)] for text, start in zip(found, expected, strict=True)] == expected
+    configs = {"16-GRPO": [run_of(0, 0.8)], "2-GRPO": [run_of(0, score, drawn, seconds)]}
+    found = reaches(Numbers(configs | {"2-GRPO_same_rate": [run_of(0, 0.4)]}, "val/mean_at_4"))
+    assert found[0].startswith(expected[0])
+    assert all(f" of 16-GRPO's, {side} the " in text for side, text in zip(expected[1:], found[1:5], strict=True))
     assert f"{100 * score / 0.8:.1f} %" in found[1]
+    assert "changes by 60.0 points" in found[5]
+    assert found[7].endswith("It ends at 50.0 % of 16-GRPO's score.")
+
+
+def test_a_score_is_the_mean_of_the_last_validations():
+    run = run_of(0, 0.5)
+    run.held_out += [{"val/mean_at_4": score, "epoch": i} for i, score in enumerate((0.6, 0.9, 0.3), start=1)]
+    n = Numbers({"a": [run]}, "val/mean_at_4")
+    assert n.after(run) == pytest.approx(0.6)
+    assert n.gain(run) == pytest.approx(0.4)
+    assert n.unrest("a") == pytest.approx((0.1 + 0.3 + 0.6) / 3)
 
 
 def test_a_sentence_says_what_its_interval_includes():
@@ -223,7 +246,7 @@ def test_a_sentence_says_what_its_interval_includes():
     )
     assert (
         n.differs("a", "less", n.less("a", "less"))
-        == "a is 13.3 points above less [10.0, 20.0]: the interval leaves out no difference"
+        == "a is 13.3 points above less [10.0, 20.0]: the interval excludes no difference"
     )
     assert n.differs("single", "a", n.less("single", "a")).endswith("of one seed, which says nothing of chance")
 
@@ -247,7 +270,6 @@ def test_a_result_is_reached_where_the_mean_over_seeds_is():
 
     configs = {
         "16-GRPO": [run_of(seed, 0.8) for seed in (0, 1)],
-        "2-GRPO_same_rate": [run_of(seed, 0.5) for seed in (0, 1)],
         "2-GRPO_twice_as_long": [curve(0, [0.79, 0.8, 0.7]), curve(1, [0.5, 0.77, 0.7])],
     }
     n = Numbers(configs, "val/mean_at_4")

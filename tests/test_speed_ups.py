@@ -27,6 +27,7 @@ from lit_grpo.losses import DPO, GRPO, diagnostics
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy
 from lit_grpo.side_by_side import Layout, side_by_side
+from lit_grpo.tally import Tally
 
 SIZES: dict[str, Any] = {
     "vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -161,6 +162,19 @@ def test_shared_prompts_that_are_read_wrongly_stop_the_run(
         fit(model, many_prompts, tmp_path, share_prompts=True)
 
 
+def test_one_row_that_is_read_wrongly_is_enough(model: str, monkeypatch: pytest.MonkeyPatch):
+    """Though on average over all rows the difference is small."""
+    rows = [Row([3, 4], Completion([5, i]), 1.0) for i in range(1, 9)]
+    batch = collate(rows, 8, 16)
+    module = PolicyModule(model, packing=True, max_mismatch=0.1)
+    module.policy = load_policy(model)
+    monkeypatch.setattr(PolicyModule, "logps_of", lambda *_: torch.zeros(batch.mask.shape))
+    module.compare_with_plain(torch.zeros(batch.mask.shape), batch)
+    wrong = torch.where(batch.mask & (torch.arange(8) == 3)[:, None], 0.5, 0.0)
+    with pytest.raises(UserError, match=r"differ from the plain path's by 0.5 on a row's average"):
+        module.compare_with_plain(wrong, batch)
+
+
 @pytest.mark.parametrize("loss", [GRPO, DPO])
 def test_larger_groups_share_their_prompts(loss: type, model: str, many_prompts: str, tmp_path: Path):
     plain = fit(model, many_prompts, tmp_path, 6, 4, loss=loss())
@@ -216,7 +230,7 @@ def test_no_micro_batch_waits_for_the_device(name: str):
         logps, entropy = policy(tokens, tensors["mask"], 0.8, loss.needs_entropy, places)
         inputs = replace(real, **tensors | {"logps": logps, "entropy": entropy})
         output = loss(inputs)
-        diagnostics(inputs)
+        Tally().add({"loss": output.loss.detach(), **diagnostics(inputs), **output.metrics})
         output.loss.backward()
         assert all(p.grad is not None for p in policy.parameters())
         with pytest.raises(DynamicOutputShapeException):  # which shows that it would be noticed

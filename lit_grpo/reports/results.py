@@ -135,6 +135,11 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{str(folder)!r}: this run has no held-out scores (data.init_args.val), so nothing to compare."
         )
+    if "epoch" in held_out[0]:
+        raise UserError(
+            f"{str(folder)!r}: this run has no held-out scores of the untrained policy, so nobody knows what it gained."
+            " Leave trainer.num_sanity_val_steps at -1."
+        )
     return Run(folder, config["seed_everything"], settings_of(config), phases_of(folder), held_out)
 
 

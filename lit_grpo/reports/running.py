@@ -93,7 +93,8 @@ class Runs:
         """Make them; told to end, end the processes, which save where they are, and leave with 128 and the signal."""
         if self.done:
             print(f"{self.done} of {self.count} runs have finished before", flush=True)
-        before = {number: signal.signal(number, lambda number, _: self.told.append(number)) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, lambda number, _: self.told.append(number)) for number in heard}
         try:
             while self.running or (self.waiting and not self.told):
                 while self.waiting and len(self.running) < self.at_once and not self.told:

@@ -126,6 +126,7 @@ def measured_snr(runs: list[Run], draw: np.random.Generator) -> np.ndarray:
         (row["theory/gradient_signal"], row["theory/gradient_noise"], drawn, row["train/rows_trained"])
         for run in runs
         for row, drawn in zip(run.phases, np.diff(run.reached("rollouts")), strict=True)
+        if "theory/gradient_signal" in row  # not where all updates were left out
     ])  # fmt: skip
     resampled = found[draw.integers(len(found), size=(RESAMPLES, len(found)))].mean(1)
     signal, noise, *counts = np.concatenate([found.mean(0)[None], resampled]).T
