@@ -231,8 +231,8 @@ def skipping(n: Numbers) -> list[str]:
     return [
         n.costs("2-GRPO", "2-GRPO_all_rows"),
         f"In {label(n.score)}, {n.differs('2-GRPO', '2-GRPO_all_rows', n.less('2-GRPO', '2-GRPO_all_rows'))}.",
-        f"Every update is the same to rounding, and still runs of one seed end up to {100 * furthest:.1f} points apart: so"
-        " much is chance at this rate.",
+        f"Every update is the same to rounding, and still runs of one seed end up to {100 * furthest:.1f} points apart:"
+        " so much is chance at this rate.",
     ]
 
 
