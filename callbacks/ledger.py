@@ -10,18 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_grpo.data import Batch
 from lit_grpo.distributed import data_rank, partners
 
 PARTS = ("generate", "reward", "sync", "scoring", "forward", "backward", "optimizer", "other")
-
-
-def read_by(module: Any) -> Tensor:
-    """[2] tokens that policy and reference have read so far, with gradient and without."""
-    models: list[Any] = [model for model in (module.policy, module.reference) if isinstance(model, nn.Module)]
-    return torch.tensor([[model.tokens_forwarded, model.tokens_scored] for model in models]).sum(0)
 
 
 class Ledger(L.Callback):
@@ -39,16 +33,14 @@ class Ledger(L.Callback):
         self.sums: dict[str, float] = {}
         self.validated = 0.0
         """Seconds of validation since the phase began."""
-        self.read_before = torch.zeros(2)
-        """What :func:`read_by` had said when the phase began, and what was read in validations since."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.phase_began, self.validated = time.perf_counter(), 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
-        self.trained, self.rows, self.read_before = torch.zeros((), device=pl_module.device), 0.0, read_by(pl_module)
-        pl_module.seconds_scoring = 0.0
+        self.trained, self.rows = torch.zeros((), device=pl_module.device), 0.0
+        pl_module.seconds_scoring, pl_module.tokens_scored, pl_module.tokens_forwarded = 0.0, 0, 0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self.mark, self.updates, self.scored = time.perf_counter(), False, pl_module.seconds_scoring
@@ -75,15 +67,12 @@ class Ledger(L.Callback):
         if self.updates:
             self.passed("optimizer")
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.at_validation = time.perf_counter(), pl_module.seconds_scoring, read_by(pl_module)
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validation_began = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            began, scoring, read = self.at_validation
-            self.validated += time.perf_counter() - began
-            pl_module.seconds_scoring = scoring  # without that of the engine's canary
-            self.read_before = self.read_before + read_by(pl_module) - read
+            self.validated += time.perf_counter() - self.validation_began
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         now, metrics = time.perf_counter(), trainer.callback_metrics
@@ -93,8 +82,8 @@ class Ledger(L.Callback):
         self.phase_began, self.validated, training["other"] = now, 0.0, other
         seconds = {f"train/seconds_{part}": value for part, value in training.items()}
         pl_module.log_dict(seconds, sync_dist=True)
-        counted = [self.rows, self.trained.item(), *(read_by(pl_module) - self.read_before).tolist()]
-        mine = torch.tensor(counted, dtype=torch.float64, device=pl_module.device)
+        counted = [self.rows, self.trained.item(), pl_module.tokens_forwarded, pl_module.tokens_scored]
+        mine = torch.tensor(counted, device=pl_module.device)
         of_all: Tensor = trainer.strategy.reduce(mine, reduce_op="sum") / partners(trainer)[1]
         names = ("rows_trained", "tokens_trained", "tokens_forwarded", "tokens_scored")
         counts = dict(zip(names, of_all.tolist(), strict=True))

@@ -126,7 +126,9 @@ class Rollout(L.Callback, ABC):
         answers = engine.generate(prompts, 1, sampling, [CANARY_SEED + i for i in range(len(prompts))])
         rows = [Row(prompt, completion, 0.0) for prompt, (completion,) in zip(prompts, answers, strict=True)]
         batch = collate(rows, len(rows), 1, on_policy=True, temperature=sampling.temperature).to(pl_module.device)
+        seconds, tokens = pl_module.seconds_scoring, pl_module.tokens_scored
         pl_module.check_mismatch(pl_module.logps_of(pl_module.policy, batch), batch)
+        pl_module.seconds_scoring, pl_module.tokens_scored = seconds, tokens  # a phase is the same without it
 
     def clock(self) -> float:
         """Seconds of training so far, earlier parts of a resumed run included."""

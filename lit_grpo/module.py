@@ -106,6 +106,8 @@ class PolicyModule(L.LightningModule):
         self.tally = Tally()
         self.seconds_scoring = 0.0
         """Taken by log-probs without gradient since a callback set it to 0."""
+        self.tokens_scored = self.tokens_forwarded = 0
+        """Read for log-probs without and with gradient since then, prompts and padding included."""
         self.settings: dict[str, Any] = {}
         """Of the optimizer and the schedule, as they began."""
         self.settings_before: dict[str, Any] | None = None
@@ -203,7 +205,9 @@ class PolicyModule(L.LightningModule):
         if ref_logps is None and self.reference is not None:
             ref_logps = self.logps_of(self.reference, batch)
         entropy_wanted = self.loss.needs_entropy or self.log_entropy
+        before = self.policy.tokens_read
         logps, entropy = self.policy(batch.tokens, batch.mask, batch.temperature, entropy_wanted, batch.places)
+        self.tokens_forwarded += self.policy.tokens_read - before
         self.logps = logps.detach()
         if self.unproven and self.trainer.strategy.reduce_boolean_decision(
             self.policy.is_put_to_the_test(batch.tokens, batch.mask), all=False
@@ -262,12 +266,14 @@ class PolicyModule(L.LightningModule):
         )
         self.log_dict({f"train/{name}": x for name, x in found.items()}, on_step=False, on_epoch=True, batch_size=1)
 
-    def logps_of(self, model: Policy | Callable[..., Any], batch: Batch) -> Tensor:
+    def logps_of(self, model: Any, batch: Batch) -> Tensor:
         """Log-probs of a batch by the policy or the reference, without gradient, in a training step or outside."""
-        start = time.perf_counter()
+        reader: Any = self.policy if self.lora else model
+        start, before = time.perf_counter(), reader.tokens_read
         with torch.no_grad(), self.trainer.strategy.precision_plugin.forward_context():
             logps, _ = model(batch.tokens, batch.mask, batch.temperature, places=batch.places)
         self.seconds_scoring += time.perf_counter() - start
+        self.tokens_scored += reader.tokens_read - before
         return logps
 
     def compare_with_plain(self, logps: Tensor, batch: Batch) -> None:

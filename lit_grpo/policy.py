@@ -33,8 +33,8 @@ class Policy(nn.Module):
         self.lm = lm
         self.divisor = logits_divisor(lm.config)
         self.packing = self.sharing = False
-        self.tokens_forwarded = self.tokens_scored = 0
-        """Read with and without gradient so far, prompts and padding included."""
+        self.tokens_read = 0
+        """So far, prompts and padding included."""
 
     def forward(
         self,
@@ -63,10 +63,7 @@ class Policy(nn.Module):
 
     def decoded(self, tokens: Tensor, **options: Tensor) -> Tensor:
         """What the decoder makes of ``tokens``."""
-        if torch.is_grad_enabled():
-            self.tokens_forwarded += tokens.numel()
-        else:
-            self.tokens_scored += tokens.numel()
+        self.tokens_read += tokens.numel()
         hidden: Tensor = self.lm.base_model(tokens, use_cache=False, **options).last_hidden_state
         return hidden
 

@@ -293,10 +293,13 @@ class Question:
     text: str
     answer: Callable[[Numbers], list[str]]
     needs: list[str]
-    """Configurations that are compared, at most as many as a figure has room for."""
+    """Configurations that are compared."""
 
     figure: str = ""
     """Name of a figure of them, if there is one."""
+
+    not_drawn: tuple[str, ...] = ()
+    """Those whose curves are so long that others could not be told apart."""
 
 
 QUESTIONS = [
@@ -330,6 +333,7 @@ QUESTIONS = [
         equal_rollouts,
         ["16-GRPO", "2-GRPO", "4-GRPO", "8-GRPO", *(f"{size}-GRPO_same_rollouts" for size in (4, 8, 16))],
         "equal_rollouts.png",
+        not_drawn=("16-GRPO", "4-GRPO", "8-GRPO"),
     ),
     Question(
         "Does the rate have to go with the prompts per update?",
@@ -342,6 +346,7 @@ QUESTIONS = [
         adaptive,
         ["16-GRPO", "2-GRPO", "2-GRPO+RS", "16-GRPO_same_rollouts", "Adaptive"],
         "adaptive.png",
+        not_drawn=("16-GRPO", "2-GRPO+RS"),
     ),
 ]
 
@@ -385,7 +390,7 @@ def answers(configs: dict[str, list[Run]], score: str, signal: SignalToNoise, ou
             continue
         picture = out / question.figure if question.figure else None
         if picture:
-            draw({name: configs[name] for name in question.needs}, score, picture)
+            draw({name: configs[name] for name in question.needs if name not in question.not_drawn}, score, picture)
         found.append(Answer(question.text, question.answer(Numbers(configs, score)), picture=picture))
     return [*found, of_signal(signal, out / "signal_to_noise.png")]
 
