@@ -196,9 +196,8 @@ def verdict(found: Interval | None, what: str) -> str:
     if found is None:
         return "it cannot be said"
     bound = PAPER[what]
-    side = "not below" if found.value >= bound else "below"
-    if what != "score":
-        side = "not above" if found.value <= bound else "above"
+    worse = "below" if what == "score" else "above"
+    side = f"not {worse}" if reached(found, what) else worse
     chance = found.low is not None and found.high is not None and found.low < bound < found.high
     both = ", which the interval includes" if chance else ""
     return f"{percent(found)} of 16-GRPO's, {side} the {100 * bound:g} % of the paper{both}"
