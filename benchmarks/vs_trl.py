@@ -10,8 +10,9 @@ theory says throughout. TRL samples with ``model.generate``, we with the engine 
 
 What each side does with the 512 (or 64) rollouts of a step: TRL trains on all of them, we leave out groups that are
 tied, whose gradient is zero, with the denominators of all, and read a prompt once for up to four completions that train
-on it (``model.share_prompts``). "sampled" and "trained" are completion tokens per step. Before any timing, the
-completions of TRL's own first step are given to our reward, loss and policy: the gradients must agree.
+on it (``model.share_prompts``; but in the line "default"). "sampled" and "trained" are completion tokens per step.
+Before any timing, the completions of TRL's own first step are given to our reward, loss and policy: the gradients must
+agree.
 """
 
 from __future__ import annotations
@@ -58,10 +59,13 @@ class Work:
     max_tokens: int = 16
     micro_batches: int = 4
     steps: int = 6
+    share_prompts: bool = True
+    """Ours."""
 
     @property
     def name(self) -> str:
-        return f"{self.size}, G {self.group_size}, p {self.pass_rate}, {self.lengths}, {self.engine}"
+        plain = "" if self.share_prompts else ", default"
+        return f"{self.size}, G {self.group_size}, p {self.pass_rate}, {self.lengths}, {self.engine}{plain}"
 
 
 LONG_TAIL: dict[str, Any] = {"lengths": "long-tailed", "max_tokens": 128}
@@ -74,6 +78,7 @@ WORK = [
     Work("25 M", 2, 0.5, engine="HFRollout", rollouts=64, steps=3, **LONG_TAIL),
     Work("25 M", 2, 0.5, engine="VLLMRollout", rollouts=64, steps=3, **LONG_TAIL),
     Work("25 M", 16, 0.5, engine="VLLMRollout", rollouts=64, steps=3, **LONG_TAIL),
+    Work("0.6 M", 2, 0.5, "even", "HFRollout", share_prompts=False),
 ]
 
 
@@ -159,7 +164,7 @@ def run_ours(folder: Path, work: Work) -> dict[str, float]:
             marks.sampled += int(trainer.callback_metrics["train/tokens"])
             marks.step()
 
-    train(folder, work, the_loss(), coin=coin, callbacks=[Clock()])
+    train(folder, work, the_loss(), coin=coin, callbacks=[Clock()], share_prompts=work.share_prompts)
     return marks.rates(work, coin)
 
 
@@ -253,11 +258,11 @@ def check_gradient(folder: Path, work: Work) -> dict[str, float]:
     trainer.args.max_grad_norm = 0.0  # off
     trainer.train()
     loss, policy = the_loss(), load_policy(str(folder))
-    policy.speed_up(None, packing=False, share_prompts=True, compiled=False)
+    policy.speed_up(None, packing=False, share_prompts=work.share_prompts, compiled=False)
     rewards = torch.tensor([group.rewards for group in groups.values()], dtype=torch.float64)
     rows = make_rows(list(groups.values()), *checked_select(loss, rewards), loss)
     total = sum(len(row.completion.token_ids) for row in rows)
-    sharing = work.group_size
+    sharing = work.group_size if work.share_prompts else 0
     for batch in step_batches(rows, work.micro_batches, loss, len(rows), total, None, on_policy=True, sharing=sharing):
         logps, _ = policy(batch.tokens, batch.mask)
         loss(LossInputs(logps, batch.mask, batch.advantages, total_rows=len(rows), total_tokens=total)).loss.backward()

@@ -56,7 +56,8 @@ def main(args: list[str] | None = None) -> None:
         if args[0] == "compare":
             from lit_grpo.reports.compare import compare
 
-            compare(args[1:])
+            if not compare(args[1:]):
+                sys.exit(1)
             return
         from lit_grpo.cli import run, run_export
 

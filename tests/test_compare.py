@@ -70,7 +70,7 @@ def test_killed_and_gone_on_with_it_makes_each_run_once_and_reports(
     said = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Stopped. The same command goes on" in said
-    assert not list((out / "runs" / "four").glob("*"))
+    assert not is_finished(out / "runs" / "four" / "seed-1")
     with alone_in(out):  # nobody is left who holds it
         pass
 
@@ -198,6 +198,16 @@ def test_numbers_of_the_table_are_those_worked_by_hand(tmp_path: Path):
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| second | 0, 1 | 0.150 ± 0.635 | 0.550 ± 0.635 | 0.400 ± 1.271 | 133.3 [125.0, 150.0] |" in table
     assert "template" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_scores_on_different_problems_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nor does it matter whether it is a run between them that wrote no samples."""
+    for name, problems in (("a", [1, 1]), ("none", []), ("b", [1, 1, 0])):
+        fake_run(tmp_path / name / "s", 0, [0.1, 0.5], problems)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *(str(tmp_path / name) for name in ("a", "none", "b")), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert re.search("data.init_args.val: '.*/a/s' and '.*/b/s' were scored on different", capsys.readouterr().err)
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path):

@@ -19,7 +19,7 @@ from lit_grpo.reports.compare import check_scores, entry_of, parsed
 from lit_grpo.reports.results import Run, read_run
 from lit_grpo.reports.running import Job
 from lit_grpo.reproduce import __main__ as reproduce
-from lit_grpo.reproduce.answers import QUESTIONS, Numbers, adaptive, longer, reaches
+from lit_grpo.reproduce.answers import QUESTIONS, Numbers, adaptive, longer, of_signal, reaches
 from lit_grpo.reproduce.runs import FIXED_RUNS, RUNS, TwoGRPOAllRows, command
 from lit_grpo.reproduce.signal import SignalToNoise
 
@@ -200,6 +200,8 @@ def test_every_question_has_its_answer(done: Path):
     assert all({*question.not_drawn} < {*question.needs} for question in QUESTIONS)
     page = (done / "report.html").read_text()
     assert all(question.text.replace("'", "&#39;") in page for question in QUESTIONS)
+    assert "One seed: nothing here says" in page
+    assert "<h1>16-GRPO and 16 others</h1>" in page
     assert page.count("<img") == sum(bool(question.figure) for question in QUESTIONS) + 1
 
 
@@ -325,7 +327,7 @@ def test_signal_to_noise_by_hand(tmp_path: Path):
     # Adaptive: a third of the prompts is drawn whole, with advantages 2 x 2 / 4 x (+-1): noise (2 x 2/3 + 4 / 3) / 16,
     # signal 1/3; 2 + 2 / 3 completions.
     assert predicted["more", "rollout"] == pytest.approx((1 / 9) / (8 / 3 / 16) / (8 / 3) / (1 / 6))
-    assert (signal.phases, signal.prompts, signal.completions) == (2, 3, 4)
+    assert (signal.phases, signal.groups, signal.completions) == (2, 3, 4)
     assert json.loads((tmp_path / "signal_to_noise.json").read_text())["first"] == "two"
 
 
@@ -339,3 +341,24 @@ def test_no_signal_is_no_ratio(tmp_path: Path):
     assert all(ratio.measured is None and ratio.predicted is None for ratio in signal.ratios)
     assert signal.table()[1:] == [["four", "rollout", "", ""], ["four", "trained row", "", ""]]
     signal.draw(tmp_path / "empty.png")
+
+
+def test_where_runs_at_the_fixed_policy_fail_the_others_are_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(ROOT)
+    made: list[Any] = []
+
+    def compare(args: list[str], write: Any) -> bool:
+        made.append(write)
+        return len(made) > 1
+
+    monkeypatch.setattr(reproduce, "warm_start", lambda *_, **__: None)
+    monkeypatch.setattr(reproduce, "compare", compare)
+    monkeypatch.setattr("sys.argv", ["reproduce", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    assert (stop.value.code, len(made)) == (1, 2)
+    signal = made[1].keywords["signal"]
+    made[0]({"4-GRPO": []}, "2-GRPO", tmp_path)  # what is left of them
+    answer = of_signal(signal, tmp_path / "none.png")
+    assert answer.sentences == ["There are no finished runs of 2-GRPO at the fixed policy."]
+    assert answer.picture is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from conftest import quiet_trainer
 from loss_cases import LOSSES, make_inputs
 from test_invariance import even_first_digit
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from callbacks import HFRollout
@@ -23,7 +24,7 @@ from lit_grpo.data.types import Completion
 from lit_grpo.engines import full_weights
 from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
-from lit_grpo.losses import DPO, GRPO, diagnostics
+from lit_grpo.losses import DPO, GRPO, Loss, TwoGRPO, diagnostics
 from lit_grpo.module import PolicyModule
 from lit_grpo.policy import Policy, load_policy
 from lit_grpo.side_by_side import Layout, side_by_side
@@ -217,14 +218,19 @@ def test_an_attention_that_is_not_there_is_named(model: str, many_prompts: str, 
         fit(model, many_prompts, tmp_path, attention="nonsense")
 
 
+def fake_policy() -> Policy:
+    """Without values, under ``FakeTensorMode``."""
+    return Policy(AutoModelForCausalLM.from_config(Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_micro_batch_waits_for_the_device(name: str):
     """Where tensors have no values, whoever asks for one, or for a shape that depends on them, raises."""
-    loss, size = LOSSES[name], {key: value for key, value in SIZES.items() if key != "head_dim"}
+    loss = LOSSES[name]
     real = make_inputs(loss, rows=4, width=8)
     tokens, places = torch.zeros(4, 9, dtype=torch.int64), real.mask.flatten().nonzero().squeeze(-1)
     with FakeTensorMode() as fake:
-        policy = Policy(AutoModelForCausalLM.from_config(Qwen2Config(**size)))
+        policy = fake_policy()
         tensors = {key: fake.from_tensor(x) for key, x in vars(real).items() if isinstance(x, torch.Tensor)}
         tokens, places = fake.from_tensor(tokens), fake.from_tensor(places)
         logps, entropy = policy(tokens, tensors["mask"], 0.8, loss.needs_entropy, places)
@@ -235,6 +241,31 @@ def test_no_micro_batch_waits_for_the_device(name: str):
         assert all(p.grad is not None for p in policy.parameters())
         with pytest.raises(DynamicOutputShapeException):  # which shows that it would be noticed
             policy(tokens, tensors["mask"])
+
+
+@pytest.mark.parametrize("loss", [TwoGRPO(), DPO()])
+def test_no_step_waits_for_the_device(loss: Loss, model: str, monkeypatch: pytest.MonkeyPatch):
+    """All of ``training_step`` and its backward, where tensors have no values; after the first, which is looked at."""
+    module = PolicyModule(model, loss)
+    module.unproven, module.max_mismatch = False, 1.0
+    trainer = SimpleNamespace(
+        global_step=0, accumulate_grad_batches=2, world_size=1,
+        strategy=SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext)),
+    )  # fmt: skip
+    monkeypatch.setattr(PolicyModule, "trainer", trainer)
+    monkeypatch.setattr("lit_grpo.module.data_rank", lambda _: (0, 1))
+    pair = [Row([3, 4], Completion([5, 1], [-0.5, -0.5]), sign) for sign in (1.0, -1.0)]
+    real = collate(pair, 2, 4).to("cpu")
+    with FakeTensorMode() as fake:
+        module.policy, module.reference = fake_policy(), fake_policy() if loss.needs_reference else None
+        tensors = {key: fake.from_tensor(x) for key, x in vars(real).items() if isinstance(x, torch.Tensor)}
+        places = tensors.pop("places")
+        batch = replace(real, **tensors)
+        batch.places = places
+        module.training_step(batch, 1).backward()
+        assert all(p.grad is not None for p in module.policy.parameters())
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):  # so it would be noticed
+            module.training_step(batch, 0)
 
 
 def test_a_step_is_told_where_its_tokens_are(

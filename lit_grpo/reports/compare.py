@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import io
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ class Entry:
     """Of its runs."""
 
 
-def compare(args: list[str], write: Report | None = None) -> None:
-    """Run the command line of ``lit-grpo compare``; exit code 1 if a run failed.
+def compare(args: list[str], write: Report | None = None) -> bool:
+    """Run the command line of ``lit-grpo compare``; False if a run failed.
 
     Args:
         args: of the command line.
@@ -78,8 +77,7 @@ def compare(args: list[str], write: Report | None = None) -> None:
     configs = {entry.name: made[entry.name] for entry in entries if entry.name in made}
     if configs:
         (write or report)(configs, entries[0].name, out)
-    if runs.failed:
-        sys.exit(1)
+    return not runs.failed
 
 
 def parser() -> argparse.ArgumentParser:

@@ -43,6 +43,7 @@ def write_page(
     path: Path,
     picture: Path | None = None,
     answers: Sequence[Answer] = (),
+    reading: Sequence[str] = (),
 ) -> None:
     """Write ``report.html``: answers, tables, curves, what was run and where the report was made.
 
@@ -54,15 +55,18 @@ def write_page(
         path: of the page.
         picture: PNG of the curves, if they are not those of the answers.
         answers: to what the runs were made for.
+        reading: how to read them.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = templates.get_template("report.html.jinja").render(
+        heading=", ".join(configs) if len(configs) <= 4 else f"{first} and {len(configs) - 1} others",
         first=first,
         tables=[main_table(rows, first, scores), difference_table(rows, first, scores)],
         notes=NOTES,
         picture=picture and embedded(picture),
+        reading=reading,
         answers=[(answer, answer.picture and embedded(answer.picture)) for answer in answers],
         settings=settings_table(configs),
         folders={name: [str(run.folder) for run in runs] for name, runs in configs.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,19 @@ class Run:
         points = [(after.get(row.get("epoch", -1.0), 0.0), row[name]) for row in rows if name in row]
         return [place for place, _ in points], [value for _, value in points]
 
+    def last_validation(self) -> list[dict[str, Any]]:
+        """Its samples, one a completion; empty where none were written."""
+        files = sorted((self.folder / "samples").glob("val-*.jsonl"), key=lambda path: int(path.stem[4:]))
+        return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
+
+    def gold_answers(self) -> Counter[str]:
+        """Those of the held-out problems, which stay the same whatever a template makes of the problems."""
+        return Counter(sample["answer"] for sample in self.last_validation())
+
     def mean_of_problems(self) -> dict[tuple[str, str], float]:
         """Share of right answers of each held-out problem, by prompt and gold answer, in the last validation."""
-        files = sorted((self.folder / "samples").glob("val-*.jsonl"), key=lambda path: int(path.stem[4:]))
         right: dict[tuple[str, str], list[bool]] = defaultdict(list)
-        for line in files[-1].read_text(encoding="utf-8").splitlines() if files else ():
-            sample = json.loads(line)
+        for sample in self.last_validation():
             right[sample["prompt"], sample["answer"]].append(sample["reward"] >= self.settings["model.correct_at"])
         return {problem: sum(values) / len(values) for problem, values in right.items()}
 
@@ -170,10 +177,10 @@ def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def scores_of(runs: list[Run]) -> tuple[str, str]:
-    """The names in the log of Mean@k, and of Pass@k for the largest k, which must be the same in all runs.
+    """The names in the log of Mean@k, and of Pass@k for the largest k.
 
     Raises:
-        UserError: if they are not.
+        UserError: if they are not the same in all runs, or the held-out problems are not, by their gold answers.
     """
 
     def names(run: Run) -> tuple[str, str]:
@@ -187,5 +194,13 @@ def scores_of(runs: list[Run]) -> tuple[str, str]:
                 f"data.init_args.samples_per_prompt, model.pass_at: {str(runs[0].folder)!r} has"
                 f" {' and '.join(names(runs[0]))}, {str(run.folder)!r} has {' and '.join(names(run))}."
                 " Only runs that measure the same can be compared."
+            )
+    problems = [(run, found) for run in runs if (found := run.gold_answers())]
+    for (one, of_one), (other, of_other) in itertools.pairwise(problems):
+        if of_one != of_other:
+            raise UserError(
+                f"data.init_args.val: {str(one.folder)!r} and {str(other.folder)!r} were scored on different held-out"
+                f" problems: their gold answers are not the same. Only"
+                " runs that measure the same can be compared."
             )
     return names(runs[0])

@@ -25,8 +25,10 @@ def main() -> None:
     with mistakes_end_with_a_message("reproduce"):
         warm_start(TASK, seed=0)
         signal = SignalToNoise()
-        compare([*command(FIXED_RUNS, given.out / "fixed_policy"), *args], signal.read)
-        compare([*command(RUNS, given.out), *args], partial(report, signal=signal))
+        fixed = compare([*command(FIXED_RUNS, given.out / "fixed_policy"), *args], signal.read)
+        trained = compare([*command(RUNS, given.out), *args], partial(report, signal=signal))
+    if not (fixed and trained):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -352,9 +352,12 @@ QUESTIONS = [
 
 def of_signal(signal: SignalToNoise, picture: Path) -> Answer:
     """Measured against predicted signal to noise."""
+    question = "Does the gradient's signal to noise go with the group size as theory predicts?"
+    if not signal.ratios:
+        return Answer(question, [f"There are no finished runs of {signal.first} at the fixed policy."])
     sentences = [
         f"Ratios to {signal.first}, at the warm-started policy, which did not change: measured in {signal.phases}"
-        f" phases of each, predicted from {signal.prompts:,} prompts with {signal.completions} completions."
+        f" phases of each, predicted from {signal.groups:,} groups of {signal.completions} completions."
     ]
     for r in signal.ratios:
         head = f"Per {r.unit}, {r.name}"
@@ -369,7 +372,6 @@ def of_signal(signal: SignalToNoise, picture: Path) -> Answer:
             f" {against} to it, and the prediction, {predicted:.2f}, {where} the interval."
         )
     signal.draw(picture)
-    question = "Does the gradient's signal to noise go with the group size as theory predicts?"
     return Answer(question, sentences, signal.table(), picture)
 
 
@@ -423,12 +425,13 @@ def report(configs: dict[str, list[Run]], first: str, out: Path, signal: SignalT
     rows = make_rows(configs, first, scores)
     write_tables(rows, first, scores, out)
     found = answers(configs, scores[0], signal, out)
-    parts = ["# Answers", *notes(max(map(len, configs.values())))]
+    reading = notes(max(map(len, configs.values())))
+    parts = ["# Answers", *reading]
     for answer in found:
         parts += [f"## {answer.question}", "\n".join(f"- {sentence}" for sentence in answer.sentences)]
         parts += [markdown(answer.table).strip()] if answer.table else []
         parts += [f"![{answer.question}]({answer.picture.name})"] if answer.picture else []
     text = "\n\n".join(parts) + "\n"
     (out / "answers.md").write_text(text, encoding="utf-8")
-    write_page(configs, rows, first, scores, out / "report.html", answers=found)
+    write_page(configs, rows, first, scores, out / "report.html", answers=found, reading=reading)
     print(f"\n{text}\nReport: {out / 'report.html'}")

@@ -45,18 +45,21 @@ class SignalToNoise:
 
     def __init__(self) -> None:
         self.ratios: list[Ratio] = []
-        self.first, self.phases, self.prompts = "", 0, 0
-        self.completions = 0
-        """Of each prompt from which was predicted."""
+        self.first, self.phases = "", 0
+        self.groups, self.completions = 0, 0
+        """From which was predicted, and of how many each is."""
 
     def read(self, configs: dict[str, list[Run]], first: str, out: Path) -> None:
-        """Measure and predict, and write ``signal_to_noise.json``.
+        """Measure and predict, and write ``signal_to_noise.json``; nothing where the first configuration failed.
 
         Args:
             configs: runs of each, one a seed; predicted is from those with the largest groups.
             first: name of the configuration that others are compared with.
             out: folder of the file.
         """
+        self.first = first
+        if first not in configs:
+            return
         draw = np.random.default_rng(0)
         measured = ratios_to(first, {name: measured_snr(runs, draw) for name, runs in configs.items()})
         sizes = {name: runs[0].settings["data.init_args.group_size"] for name, runs in configs.items()}
@@ -71,8 +74,8 @@ class SignalToNoise:
             for name in configs
             if name != first
         ]
-        self.first, self.completions = first, sizes[largest]
-        self.phases, self.prompts = sum(len(run.phases) for run in configs[first]), int(winners.sum())
+        self.completions, self.groups = sizes[largest], int(winners.sum())
+        self.phases = sum(len(run.phases) for run in configs[first])
         found = {"first": first, "ratios": [asdict(ratio) for ratio in self.ratios]}
         (out / "signal_to_noise.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
