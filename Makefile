@@ -42,7 +42,7 @@ test-long: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/vs_trl.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/breakdown.py
+	$(BIN)/python benchmarks/breakdown.py --picture docs/breakdown.png
 	$(BIN)/python benchmarks/techniques.py
 
 docs: $(VENV)/.docs

@@ -3,8 +3,8 @@
     python benchmarks/breakdown.py [--repeats 3] [--picture docs/breakdown.png]     # needs vllm
 
 Every run is a process of its own; runs alternate, ratios are of runs beside each other, and a table line is the median.
-Micro-batches are of sixteen rows before ties are left out. The reward is a coin with pass rate 0.5, so that half of the
-pairs, and hardly any group of sixteen, are tied.
+Micro-batches are of sixteen rows before ties are left out, and prompts are shared (``model.share_prompts``). The reward
+is a coin with pass rate 0.5, so that half of the pairs, and hardly any group of sixteen, are tied.
 """
 
 from __future__ import annotations

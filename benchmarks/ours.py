@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from vs_trl import Coin, Work
+from vs_trl import ANSWER, Coin, Work
 
 from callbacks import HFRollout, Ledger, VLLMRollout
 from lit_grpo import GRPO, PolicyModule, RolloutData, Sample
@@ -35,7 +35,7 @@ def train(
     rollout: Any = None,
     coin: Coin | None = None,
     callbacks: Sequence[L.Callback] = (),
-    share_prompts: bool = True,
+    **model: Any,
 ) -> dict[str, float]:
     """Train as ``work`` says; the ledger of all phases but the first.
 
@@ -47,18 +47,19 @@ def train(
         rollout: made of ``work`` if not given.
         coin: the reward, if none other is given; a new one if not given.
         callbacks: more of them.
-        share_prompts: whether a prompt is read once for the completions that train on it.
+        model: further settings of the module.
     """
     coin = coin or Coin(work.pass_rate)
 
     def tossed(samples: list[Sample]) -> list[float]:
-        return [1.0] * len(samples) if samples[0].completion == "x" else coin([s.completion for s in samples])
+        probe = samples[0].completion == ANSWER  # of the data module, which looks whether the reward works
+        return [1.0] * len(samples) if probe else coin([s.completion for s in samples])
 
     module = PolicyModule(
         str(folder),
         loss or GRPO(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
-        share_prompts=share_prompts,
+        **{"share_prompts": work.share_prompts} | model,
     )
     data = RolloutData(
         Source(str(folder / "prompts.jsonl")),

@@ -169,6 +169,9 @@ def main() -> None:
             found.setdefault("a reward that is waited for is called after the engine", []).append(apart / beside)
             ahead = seconds(folder, {"rollout": HFRollout(max_tokens=WORK.max_tokens, one_phase_ahead=True)})
             found.setdefault("(rollout.one_phase_ahead switched on)", []).append(ahead / whole)
+            for option in ("packing", "compile"):  # of which the former cannot share prompts
+                other = seconds(folder, {option: True, "share_prompts": option != "packing"})
+                found.setdefault(f"(model.{option} switched on)", []).append(other / whole)
             monitored = seconds(folder, {"callbacks": [TheoryMonitor()]})
             found.setdefault("(TheoryMonitor switched on)", []).append(monitored / whole)
     print(f"{'switched off':60}seconds of a phase, of those with it")

@@ -11,8 +11,8 @@ theory says throughout. TRL samples with ``model.generate``, we with the engine 
 What each side does with the 512 (or 64) rollouts of a step: TRL trains on all of them, we leave out groups that are
 tied, whose gradient is zero, with the denominators of all, and read a prompt once for up to four completions that train
 on it (``model.share_prompts``; but in the line "default"). "sampled" and "trained" are completion tokens per step.
-Before any timing, the completions of TRL's own first step are given to our reward, loss and policy: the gradients must
-agree.
+TRL also takes the entropy of its tokens for its log, and, as always on a CPU, the log-probs of prompts. Before any
+timing, the completions of TRL's own first step are given to our reward, loss and policy: the gradients must agree.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ import torch
 
 VOCABULARY = 128
 SIZES = {"0.6 M": (128, 3), "25 M": (512, 9)}
+ANSWER = "x" * 200
+"""Longer than any completion."""
+
 MOST_DIFFERENT = 1e-4
 """Of two gradients, relative to their norm."""
 
@@ -115,7 +118,7 @@ def make_task(folder: Path, work: Work, prompts: int = 1024) -> None:
     special = {"eos_token": f"<{ends[0]}>", "pad_token": "<5>", "unk_token": "<4>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     draw = random.Random(0)
-    rows = [{"prompt": "".join(draw.choices(letters, k=8 + i % 17)), "answer": "x"} for i in range(prompts)]
+    rows = [{"prompt": "".join(draw.choices(letters, k=8 + i % 17)), "answer": ANSWER} for i in range(prompts)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -164,7 +167,7 @@ def run_ours(folder: Path, work: Work) -> dict[str, float]:
             marks.sampled += int(trainer.callback_metrics["train/tokens"])
             marks.step()
 
-    train(folder, work, the_loss(), coin=coin, callbacks=[Clock()], share_prompts=work.share_prompts)
+    train(folder, work, the_loss(), coin=coin, callbacks=[Clock()])
     return marks.rates(work, coin)
 
 

@@ -177,7 +177,7 @@ class PolicyModule(L.LightningModule):
             for part in model.modules() if isinstance(model, nn.Module) else ():
                 if isinstance(part, Policy):  # fsdp has it wrapped
                     part.speed_up(self.attention, self.packing, self.share_prompts, self.compiled)
-        self.unproven = self.packing or self.share_prompts or self.compiled
+        self.unproven = self.attention is not None or self.packing or self.share_prompts or self.compiled
 
     def without_adapters(self, *batch: Any, **options: Any) -> Any:
         """What the model says whose adapters are trained."""
@@ -284,11 +284,16 @@ class PolicyModule(L.LightningModule):
         """
         assert self.policy is not None
         assert self.max_mismatch is not None
+        ledger = self.seconds_scoring, self.tokens_scored
         with self.policy.plainly():
             differences = (logps - self.logps_of(self.policy, batch)).abs().sum(-1) / batch.mask.sum(-1)
+        self.seconds_scoring, self.tokens_scored = ledger
         difference = differences.max()  # of a row, as few rows may be read wrongly
         if not difference <= self.max_mismatch:
-            options = {"packing": self.packing, "share_prompts": self.share_prompts, "compile": self.compiled}
+            options = {
+                "attention": self.attention, "packing": self.packing, "share_prompts": self.share_prompts,
+                "compile": self.compiled,
+            }  # fmt: skip
             keys = [f"model.{key}" for key, used in options.items() if used]
             raise UserError(
                 f"{', '.join(keys)}: log-probs differ from the plain path's by {difference.item():.3g} on a row's"

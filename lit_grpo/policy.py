@@ -31,7 +31,8 @@ class Policy(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
-        self.divisor = logits_divisor(lm.config)
+        self.divisor, self.softcap = logits_divisor(lm.config), logits_softcap(lm.config)
+        self.plain_attention = lm.config._attn_implementation
         self.packing = self.sharing = False
         self.tokens_read = 0
         """So far, prompts and padding included."""
@@ -53,9 +54,31 @@ class Policy(nn.Module):
         """
         read = self.packed if self.packing else self.beside_each_other if self.sharing else self.padded
         hidden = read(tokens[:, :-1], mask)  # of the last token, nobody asks what follows
-        softcap = getattr(self.lm.config, "final_logit_softcapping", None)
         head = self.lm.get_output_embeddings()
-        return completion_logps(hidden, tokens, mask, head, temperature * self.divisor, softcap, entropy, places)
+        return completion_logps(hidden, tokens, mask, head, temperature * self.divisor, self.softcap, entropy, places)
+
+    @torch.no_grad()
+    def check_logps(self) -> None:
+        """See to it that log-probs are those of the logits that the model itself gives.
+
+        Raises:
+            UserError: if it makes logits of hidden states in a way that is not known here.
+        """
+        tokens = (torch.arange(8) % self.lm.get_input_embeddings().num_embeddings)[None]
+        mask, head = torch.ones(1, 7, dtype=torch.bool), self.lm.get_output_embeddings()
+        training = self.training
+        self.eval()
+        hidden = self.lm.base_model(tokens[:, :-1], use_cache=False).last_hidden_state
+        ours, _ = completion_logps(hidden, tokens, mask, head, self.divisor, self.softcap)
+        theirs = self.lm(tokens[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+        self.train(training)
+        difference = (ours - theirs[..., 0]).abs().max().item()
+        if not difference < 1e-3:
+            raise UserError(
+                f"model.model: {type(self.lm).__name__} scales or caps its logits in a way that is not known here: its"
+                f" log-probs differ from those that would be trained by up to {difference:.2g}. Choose another model,"
+                " or teach logits_divisor or logits_softcap in lit_grpo/policy.py."
+            )
 
     def padded(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Hidden states ``[N, T - 1, H]`` of as many tokens."""
@@ -90,7 +113,8 @@ class Policy(nn.Module):
             compiled: whether ``torch.compile`` takes the decoder.
 
         Raises:
-            UserError: if the model does not have that attention, or one that cannot share prompts.
+            UserError: if the model does not have that attention, or one that cannot share prompts, or rows of which
+                would see each other packed.
         """
         self.packing, self.sharing = packing, share_prompts
         if attention is not None:
@@ -100,6 +124,11 @@ class Policy(nn.Module):
                 raise UserError(f"model.attention: {error}") from error
         config = self.lm.config
         kinds = set(getattr(config, "layer_types", None) or [])
+        if packing and (kinds - ATTENTIONS or getattr(self.lm, "_is_stateful", False)):
+            raise UserError(
+                f"model.packing: layers of {type(self.lm).__name__} carry a state from one token to the next, and so"
+                " from one packed row to the next. Leave it out."
+            )
         windows = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None))
         if share_prompts and (config._attn_implementation != "sdpa" or windows):
             raise UserError(
@@ -117,13 +146,28 @@ class Policy(nn.Module):
 
     @contextmanager
     def plainly(self) -> Iterator[None]:
-        """A row at a time, and not compiled."""
+        """A row at a time, with the attention that the model came with, and not compiled."""
         before, self.packing, self.sharing = (self.packing, self.sharing), False, False
+        attention = self.lm.config._attn_implementation
+        if attention != self.plain_attention:
+            self.lm.set_attn_implementation(self.plain_attention)
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             self.packing, self.sharing = before
+            if attention != self.plain_attention:
+                self.lm.set_attn_implementation(attention)
+
+
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers, by their name in ``transformers``, that look at rows by their positions and keep no state."""
+
+
+def logits_softcap(config: Any) -> float | None:
+    """What a model squashes its logits below, before their softmax; None for most."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return next((cap for name in names if (cap := getattr(config, name, None))), None)
 
 
 def logits_divisor(config: Any) -> float:
@@ -164,6 +208,7 @@ def load_policy(
             policy = prepared(load_lm(model, config), gradient_checkpointing, lora)
             for number, layer in enumerate(decoder_layers(policy.lm).values()):
                 draw_adapters(layer, number)
+            policy.check_logps()
             return policy
         with no_init_weights(), parameters_without_memory():
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

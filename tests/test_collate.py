@@ -81,6 +81,20 @@ def test_to_moves_tensors_and_keeps_counts():
     assert (batch.total_rows, batch.total_tokens) == (5, 7)
 
 
+def test_a_batch_moves_to_a_gpu_while_the_process_goes_on(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, bool]] = []
+
+    class Pinned:
+        def to(self, device: str, non_blocking: bool = False) -> str:
+            asked.append((device, non_blocking))
+            return "there"
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: Pinned())
+    batch = collate([row(1, 1)], 5, 7).to("cuda")
+    assert (batch.tokens, batch.places) == ("there", "there")
+    assert asked == [("cuda", True)] * len([x for x in vars(batch).values() if x == "there"])
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.sampled_from([-1.0, 0.0, 1.0])), min_size=4, max_size=40),
     st.integers(1, 4),

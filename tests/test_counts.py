@@ -81,12 +81,14 @@ def test_ties_and_padding_cost_nothing(
 def test_a_prompt_that_is_shared_is_read_once(
     model: str, many_prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """But in the first micro-batch, which is also read plainly."""
+    """But in the first micro-batch, which is also read plainly, and not counted."""
     passes, data = phase(model, many_prompts, tmp_path, TwoGRPO(), monkeypatch, share_prompts=True)
     assert len(passes) == 5
     each_row, each_pair = (tokens_of(data, lambda rewards: len(rewards) > 1, prompts) for prompts in (2, 1))
     read = sum(tokens for _, tokens in passes) - passes[1][1]
     assert each_pair <= read < 1.25 * each_pair < each_row
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert (ledger["tokens_scored"], ledger["tokens_forwarded"]) == (0, read)
 
 
 def test_a_reference_costs_one_pass_for_each_micro_batch(

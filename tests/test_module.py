@@ -20,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     HyperCLOVAXConfig,
+    Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
 )
 
 from callbacks import HFRollout
@@ -54,10 +56,11 @@ class TestLogps:
             (CohereConfig, "logit_scale", 0.25),
             (HyperCLOVAXConfig, "logits_scaling", 3.0),
             (Gemma2Config, "final_logit_softcapping", 0.1),
+            (RecurrentGemmaConfig, "logits_soft_cap", 0.1),
         ],
     )
     def test_what_models_do_to_logits_after_their_head_is_done(self, config: Any, key: str, value: float):
-        sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
         torch.manual_seed(0)
         lm = AutoModelForCausalLM.from_config(config(**sizes, **heads, **{key: value})).double().eval()
@@ -67,6 +70,19 @@ class TestLogps:
         torch.testing.assert_close(Policy(lm)(tokens, mask, 0.6)[0], plain, rtol=0, atol=1e-6)
         unscaled = torch.log_softmax(torch.zeros(16), -1)[0].item()
         assert (plain - unscaled * mask).abs().max() > 1e-3  # so that a scale would show
+
+    def test_what_a_model_does_to_its_logits_must_be_known(self, model: str, monkeypatch: pytest.MonkeyPatch):
+        load_policy(model)
+        forward = Qwen2ForCausalLM.forward
+
+        def scaled(lm: Qwen2ForCausalLM, *args: Any, **options: Any) -> Any:
+            found = forward(lm, *args, **options)
+            found.logits = found.logits * 1.5
+            return found
+
+        monkeypatch.setattr(Qwen2ForCausalLM, "forward", scaled)
+        with pytest.raises(UserError, match=r"model.model: Qwen2ForCausalLM scales or caps its logits in a way"):
+            load_policy(model)
 
     def test_padding_changes_nothing(self, model: str):
         policy = load_policy(model).double()

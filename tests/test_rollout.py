@@ -19,6 +19,7 @@ from torch import Tensor
 
 from callbacks import HFRollout
 from lit_grpo.data import RolloutData, Source
+from lit_grpo.data.types import Completion
 from lit_grpo.engines import Deadline, HFEngine, Sampling, full_weights
 from lit_grpo.errors import UserError
 from lit_grpo.losses import TwoGRPO
@@ -151,6 +152,18 @@ def test_no_process_waits_for_one_whose_engine_does_not_come_back(
     )
     assert run.returncode != 0
     assert "did not finish within 2 s (rollout.init_args.timeout): " in run.stderr
+
+
+@pytest.mark.parametrize(("logps", "came"), [(None, "no"), ([-0.5], "1")])
+def test_an_engine_that_gives_no_log_probs_is_named(logps: list[float] | None, came: str):
+    """Without them later updates would take their ratio to themselves."""
+
+    class Silent(ScriptedEngine):
+        def complete(self, seed: int) -> Completion:
+            return Completion([3, 1], logps)
+
+    with pytest.raises(UserError, match=rf"rollout: Silent drew a completion of 2 tokens .* with {came} log-probs"):
+        Silent(32).generate([[2]], 2, Sampling(max_tokens=4), [0])
 
 
 if __name__ == "__main__":

@@ -186,9 +186,25 @@ class Engine(ABC):
             drawn, copies = (n, 1) if sampling.temperature > 0 else (1, n)
             with contextlib.closing(self._generate(prompts, drawn, sampling, seeds, deadline)) as written:
                 for i, completions in written:
+                    self.check_logps(i, completions)
                     answers[i] = completions * copies
                     finished(i, answers[i])
         return [answers[i] for i in range(len(prompts))]
+
+    def check_logps(self, prompt: int, completions: list[Completion]) -> None:
+        """See to it that completions have the log-probs to which later updates take their ratio.
+
+        Raises:
+            UserError: if one has none, or not as many as tokens.
+        """
+        for completion in completions:
+            tokens, logps = len(completion.token_ids), completion.logps
+            if logps is None or len(logps) != tokens:
+                raise UserError(
+                    f"rollout: {type(self).__name__} drew a completion of {tokens} tokens (prompt number {prompt}) with"
+                    f" {'no' if logps is None else len(logps)} log-probs. Have it set Completion.logps, one for each"
+                    " token."
+                )
 
     @abstractmethod
     def _generate(
