@@ -47,7 +47,7 @@ class PolicyModule(L.LightningModule):
         share_prompts: read the prompt of completions that train together once. For prompts that are not much shorter
             than completions; wants the attention ``sdpa``.
         compile: have ``torch.compile`` take the decoder. The first micro-batch is read plainly too, in this case and
-            with the two above, and the run stops if log-probs differ by more than ``max_mismatch``.
+            with the three above, and the run stops if log-probs differ by more than ``max_mismatch``.
         correct_at: reward from which a held-out completion counts as correct in Mean@k and Pass@k.
         pass_at: the k of Pass@k; powers of two and all samples of a prompt if not given.
         max_mismatch: the run stops if, before the first update of a phase, sampler and trainer disagree by more than
