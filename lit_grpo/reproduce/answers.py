@@ -230,8 +230,9 @@ def skipping(n: Numbers) -> list[str]:
     return [
         n.costs("2-GRPO", "2-GRPO_all_rows"),
         f"In {label(n.score)}, {n.differs('2-GRPO', '2-GRPO_all_rows', n.less('2-GRPO', '2-GRPO_all_rows'))}.",
-        f"Every update is the same to rounding, and still runs of one seed end up to {100 * furthest:.1f} points apart:"
-        " so much is chance at this rate.",
+        "For the same rollouts the update is the same to rounding. Still runs of one seed end up to"
+        f" {100 * furthest:.1f} points apart, as each goes on from its own: so far chance may move a single run at this"
+        " rate.",
     ]
 
 
@@ -255,10 +256,15 @@ def losses(n: Numbers) -> list[str]:
 
 def equal_rollouts(n: Numbers) -> list[str]:
     """Larger groups against 2-GRPO, once with as many prompts and once with as many rollouts."""
-    found = [n.scores("2-GRPO", *(f"{size}-GRPO{where}" for where in ("", "_same_rollouts") for size in (4, 8, 16)))]
-    for size in (4, 8, 16):
-        for name, what in ((f"{size}-GRPO", "prompts"), (f"{size}-GRPO_same_rollouts", "rollouts")):
-            found.append(f"At equal {what}, {n.differs(name, '2-GRPO', n.less(name, '2-GRPO'))}.")
+    where = {
+        "": "At equal prompts",
+        "_same_rollouts": "At equal rollouts and one rate for all",
+        "_same_rollouts_scaled": "At equal rollouts and a rate that goes with the prompts per update",
+    }
+    found = [n.scores("2-GRPO", *(f"{size}-GRPO{ending}" for ending in where for size in (4, 8, 16)))]
+    for ending, what in where.items():
+        for name in (f"{size}-GRPO{ending}" for size in (4, 8, 16)):
+            found.append(f"{what}, {n.differs(name, '2-GRPO', n.less(name, '2-GRPO'))}.")
     return found
 
 
@@ -274,14 +280,17 @@ def rates(n: Numbers) -> list[str]:
 
 
 def adaptive(n: Numbers) -> list[str]:
-    """AdaptiveGRPO against others, each pair at the rollouts of the one that drew fewer."""
+    """AdaptiveGRPO against others, each pair at the rollouts of the one that drew fewer, between single validations."""
     others = ("2-GRPO", "2-GRPO+RS", "16-GRPO_same_rollouts", "16-GRPO")
     found = [n.scores("Adaptive", *others)]
     for other in others:
         difference = n.differs("Adaptive", other, n.less_at_equal_rollouts("Adaptive", other))
         drawn = [fmean(map(rollouts, n.configs[name])) for name in ("Adaptive", other)]
         parts = [f"{100 * min(drawn) / each:.0f} %" for each in drawn]
-        found.append(f"After {min(drawn):,.0f} rollouts, {parts[0]} and {parts[1]} of the two runs, {difference}.")
+        found.append(
+            f"After {min(drawn):,.0f} rollouts, {parts[0]} and {parts[1]} of the two runs, by single validations"
+            f" {difference}."
+        )
     return [*found, n.costs("Adaptive", "2-GRPO")]
 
 
@@ -330,7 +339,10 @@ QUESTIONS = [
     Question(
         "Do larger groups help at equal prompts, and at equal rollouts?",
         equal_rollouts,
-        ["16-GRPO", "2-GRPO", "4-GRPO", "8-GRPO", *(f"{size}-GRPO_same_rollouts" for size in (4, 8, 16))],
+        [
+            *("16-GRPO", "2-GRPO", "4-GRPO", "8-GRPO"),
+            *(f"{size}-GRPO_same_rollouts{rate}" for rate in ("", "_scaled") for size in (4, 8, 16)),
+        ],
         "equal_rollouts.png",
         not_drawn=("16-GRPO", "4-GRPO", "8-GRPO"),
     ),
