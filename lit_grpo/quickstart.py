@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_grpo.errors import UserError, mistakes_end_with_a_message
+from lit_grpo.files import read_jsonl
 
 SYMBOLS = "0123456789+=-*"
 RIGHT_SHARE = 0.3
@@ -193,7 +194,7 @@ def summarise(run_dir: Path, engine: str, seconds_warm_start: float, seconds_rl:
 def samples_before_and_after(run_dir: Path, count: int = 5) -> str:
     """What the policy answers to a few held-out problems, four times each."""
     files = sorted((run_dir / "samples").glob("val-*.jsonl"))
-    before, after = ([json.loads(line) for line in path.read_text().splitlines()] for path in (files[0], files[-1]))
+    before, after = (read_jsonl(path) for path in (files[0], files[-1]))
     lines = [f"{'four answers to':24}{'before':28}after"]
     for i in range(0, 4 * count, 4):
         cells = [" ".join(sample["completion"] for sample in samples[i : i + 4]) for samples in (before, after)]

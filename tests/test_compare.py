@@ -210,6 +210,13 @@ def test_scores_on_different_problems_are_not_compared(tmp_path: Path, capsys: p
     assert re.search("data.init_args.val: '.*/a/s' and '.*/b/s' were scored on different", capsys.readouterr().err)
 
 
+def test_a_text_may_hold_what_others_take_for_the_end_of_a_line(tmp_path: Path):
+    run = fake_run(tmp_path, 0, [0.1, 0.5])
+    row = {"prompt": "a\u2028b\x85", "answer": "\u2029", "reward": 1.0}
+    (run / "samples" / "val-00002.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_run(run).mean_of_problems() == {("a\u2028b\x85", "\u2029"): 1.0}
+
+
 def test_differences_are_paired_by_seed(tmp_path: Path):
     """Seeds that both have, however the folders are called; without any in common there is none."""
     for name, scores in (("a", {0: 0.4, 1: 0.8, 2: 0.1}), ("b", {1: 0.9, 2: 0.5, 3: 0.0}), ("c", {7: 0.5})):
@@ -259,6 +266,9 @@ def test_the_bootstrap_over_seeds_is_enumerated():
             "trainer.check_val_every_n_epoch: with 2 the policy after all 5 phases",
         ),
         (["{two}", "--", "--data.val=null"], "two: data.init_args.val: there are no held-out prompts"),
+        (["{two}", "--", "--trainer.num_sanity_val_steps=0"], "two: trainer.num_sanity_val_steps: with 0 the first or"),
+        (["{two}", "--", "--trainer.max_steps=3"], "two: trainer.max_steps: with 3 the first or last policy would"),
+        (["{two}", "other={two}+{eight}"], "data.init_args.samples_per_prompt: {{'two': 4, 'other': 8}}. Only runs"),
         (["{two}", "other={two}+{four}+{typo}"], "other: "),
         (["a/b={two}"], "'a/b' is no name"),
         (["{folder}"], "neither the folder of a run nor one of several"),
@@ -273,17 +283,18 @@ def test_mistakes_cost_nothing(
 ):  # fmt: skip
     monkeypatch.setattr(Job, "start", no_run)
     (tmp_path / "typo.yaml").write_text("trainer: {max_epoch: 3}")
+    (tmp_path / "eight.yaml").write_text("data: {class_path: RolloutData, init_args: {samples_per_prompt: 8}}")
     (fake_run(tmp_path / "half", 0, [0.1, 0.2]) / "ledger.json").unlink()
     for folder, settings in (("mixed", {"group_size": 4}), ("same", {})):
         fake_run(tmp_path / folder / "a", 0, [0.1, 0.2])
         fake_run(tmp_path / folder / "b", int(folder == "mixed"), [0.1, 0.2], **settings)
     (tmp_path / "folder").mkdir()
     places = {name: tmp_path / name for name in ("folder", "half", "mixed", "same")}
-    places |= {name: tmp_path / f"{name}.yaml" for name in ("two", "four", "typo")}
+    places |= {name: tmp_path / f"{name}.yaml" for name in ("two", "four", "typo", "eight")}
     with pytest.raises(SystemExit) as stop:
         main(["compare", f"--out={tmp_path / 'out'}", *(text.format(**places) for text in arguments)])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message.format() in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

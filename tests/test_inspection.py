@@ -85,6 +85,9 @@ class TestByHand:
         alike = [sample("", "", 1.0, tokens=min(i, 4)) for i in range(10)]
         assert [part[:3] for part in by_length(alike)] == [(0, 1, 2), (2, 3, 2), (4, 4, 6)]
 
+    def test_what_would_steer_a_terminal_is_not_shown(self):
+        assert short("a\x1b[2Jb\rc\u2028d\ne") == "a·[2Jb·c·d ↵ e"
+
     def test_long_texts_lose_their_middle(self):
         assert short("one\ntwo") == "one ↵ two"
         cut = short("a" * 100 + "b" * 100, 20)

@@ -33,7 +33,7 @@ def configs_of(runs: dict[str, str]) -> dict[str, Any]:
     found = {}
     for entry in (entry_of(text, Path("out")) for text in entries):
         found[entry.name] = parsed(entry.name, [f"--config={file}" for file in [*common, *entry.files]])
-        check_scores(entry.name, found[entry.name])
+    check_scores(found)
     return found
 
 

@@ -59,8 +59,8 @@ MAY_IMPORT = {
     "lit_grpo/data/types.py": set(),
     "lit_grpo/engines": {"lit_grpo.engines", "lit_grpo.data.types", "lit_grpo.errors"},
     "lit_grpo/module.py": {"lit_grpo.data.types", "lit_grpo.losses", "lit_grpo.metrics", "lit_grpo.policy", "lit_grpo.lora", "lit_grpo.settings", "lit_grpo.sharding", "lit_grpo.tally", "lit_grpo.distributed", "lit_grpo.errors"},
-    "lit_grpo/reports": {"lit_grpo.reports", "lit_grpo.csv_log", "lit_grpo.metrics", "lit_grpo.errors", "lit_grpo.cli"},
-    "lit_grpo/reproduce": {"lit_grpo.reproduce", "lit_grpo.reports", "lit_grpo.theory", "lit_grpo.losses", "lit_grpo.quickstart", "lit_grpo.errors"},
+    "lit_grpo/reports": {"lit_grpo.reports", "lit_grpo.files", "lit_grpo.csv_log", "lit_grpo.metrics", "lit_grpo.errors", "lit_grpo.cli"},
+    "lit_grpo/reproduce": {"lit_grpo.reproduce", "lit_grpo.files", "lit_grpo.reports", "lit_grpo.theory", "lit_grpo.losses", "lit_grpo.quickstart", "lit_grpo.errors"},
     "lit_grpo/data": {"lit_grpo.data", "lit_grpo.engines.base", "lit_grpo.rewards", "lit_grpo.losses", "lit_grpo.errors", "lit_grpo.distributed"},
 }  # fmt: skip
 

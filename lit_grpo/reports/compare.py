@@ -66,7 +66,15 @@ def compare(args: list[str], write: Report | None = None) -> bool:
 
     made = {entry.name: read_runs(entry.folder) for entry in entries if not entry.files}
     common = list(given.common)
-    jobs = [job for entry in entries if entry.files for job in jobs_of(entry, common, extra, given.seeds)]
+    arguments = {e.name: [*(f"--config={file}" for file in [*common, *e.files]), *extra] for e in entries if e.files}
+    configs_to_run = {name: parsed(name, of_one) for name, of_one in arguments.items()}
+    check_scores(configs_to_run)
+    jobs = [
+        job
+        for entry in entries
+        if entry.files
+        for job in jobs_of(entry, arguments[entry.name], configs_to_run[entry.name], given.seeds)
+    ]
     with alone_in(out) as lock:
         runs = Runs(jobs, given.jobs, lock)
         runs.make()
@@ -127,18 +135,15 @@ def entry_of(text: str, out: Path) -> Entry:
     return Entry(name, files, out / "runs" / name)
 
 
-def jobs_of(entry: Entry, common: list[str], extra: list[str], seeds: list[int]) -> list[Job]:
-    """The runs of a configuration, after its parser has read it.
+def jobs_of(entry: Entry, arguments: list[str], config: dict[str, Any], seeds: list[int]) -> list[Job]:
+    """The runs of a configuration.
 
     Raises:
-        UserError: if it has a mistake, or leaves nothing to compare, or the folder of a run holds another.
+        UserError: if the folder of a run holds another.
     """
     from lit_grpo.reports.results import config_of, first_difference, settings_of
     from lit_grpo.reports.running import Job
 
-    arguments = [*(f"--config={file}" for file in [*common, *entry.files]), *extra]
-    config = parsed(entry.name, arguments)
-    check_scores(entry.name, config)
     jobs = []
     for seed in dict.fromkeys(seeds):
         folder = entry.folder / f"seed-{seed}"
@@ -171,12 +176,24 @@ def parsed(name: str, arguments: list[str]) -> dict[str, Any]:
     return yaml.safe_load(said.getvalue())
 
 
-def check_scores(name: str, config: dict[str, Any]) -> None:
-    """See to it that a run will have a held-out score of its end.
+def check_scores(configs: dict[str, dict[str, Any]]) -> None:
+    """See to it that all runs will have the same held-out scores, of their beginning and of their end.
 
     Raises:
-        UserError: if not, or if it would not begin where a run begins.
+        UserError: if not, or if one would not begin where a run begins.
     """
+    from lit_grpo.reports.results import settings_of
+
+    for name, config in configs.items():
+        check_score(name, config)
+    for key, block in (("samples_per_prompt", "data.init_args"), ("pass_at", "model")):
+        found = {name: settings_of(config)[f"{block}.{key}"] for name, config in configs.items()}
+        if len({str(value) for value in found.values()}) > 1:
+            raise UserError(f"{block}.{key}: {found}. Only runs that measure the same can be compared.")
+
+
+def check_score(name: str, config: dict[str, Any]) -> None:
+    """The same of one configuration."""
     phases, every = config["trainer"]["max_epochs"], config["trainer"]["check_val_every_n_epoch"]
     if not config["data"]["init_args"].get("val"):
         raise UserError(f"{name}: data.init_args.val: there are no held-out prompts, so nothing to compare.")
@@ -187,6 +204,12 @@ def check_scores(name: str, config: dict[str, Any]) -> None:
             f"{name}: trainer.check_val_every_n_epoch: with {every} the policy after all {phases} phases"
             " (trainer.max_epochs) is not scored. Give a divisor."
         )
+    for key, needed in (("num_sanity_val_steps", -1), ("max_steps", -1), ("max_time", None)):
+        if config["trainer"][key] != needed:
+            raise UserError(
+                f"{name}: trainer.{key}: with {config['trainer'][key]} the first or last policy would have no score."
+                " Leave it out; trainer.max_epochs says how long a run is."
+            )
     if config["ckpt_path"]:
         raise UserError(
             f"{name}: ckpt_path: {config['ckpt_path']!r} cannot be given, as each run goes on with its own."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from lit_grpo.errors import UserError
+from lit_grpo.files import read_jsonl
 
 Row = dict[str, Any]
 """A line of a file in ``samples/``: the fields of :class:`~lit_grpo.data.types.Sample`, or those of ``Outliers``."""
@@ -153,8 +153,8 @@ def by_length(samples: list[Row]) -> list[tuple[int, int, int, float, float]]:
 
 
 def short(text: str, width: int = 80) -> str:
-    """A text on one line, its middle left out if it is long."""
-    text = text.replace("\n", " ↵ ")
+    """A text on one line, its middle left out if it is long, without what would steer a terminal."""
+    text = "".join(c if c.isprintable() else "·" for c in text.replace("\n", " ↵ "))
     return text if len(text) <= width else f"{text[: width // 2 - 2]} ... {text[3 - width // 2 :]}"
 
 
@@ -216,7 +216,7 @@ def read_rows(path: Path) -> list[Row]:
         UserError: if one of them is damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return read_jsonl(path)
     except ValueError as error:
         raise UserError(f"RUN: {str(path)!r} is damaged ({error}). Choose another with --phase.") from error
 

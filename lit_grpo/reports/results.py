@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import yaml
 
 from lit_grpo.csv_log import read_metrics
 from lit_grpo.errors import UserError
+from lit_grpo.files import read_jsonl
 
 AXES = ("seconds", "rollouts", "prompts", "tokens_trained")
 """What a curve is drawn against."""
@@ -73,7 +73,7 @@ class Run:
     def last_validation(self) -> list[dict[str, Any]]:
         """Its samples, one a completion; empty where none were written."""
         files = sorted((self.folder / "samples").glob("val-*.jsonl"), key=lambda path: int(path.stem[4:]))
-        return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
+        return read_jsonl(files[-1]) if files else []
 
     def gold_answers(self) -> Counter[str]:
         """Those of the held-out problems, which stay the same whatever a template makes of the problems."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_grpo.files import read_jsonl
 from lit_grpo.reports.intervals import Interval
 from lit_grpo.reports.results import Run
 from lit_grpo.reports.table import shown
@@ -141,7 +142,7 @@ def winners_in(runs: list[Run]) -> torch.Tensor:
     size, found = runs[0].settings["data.init_args.group_size"], Counter[int]()
     for run in runs:
         for path in sorted((run.folder / "samples").glob("train-*.jsonl")):
-            won = [json.loads(line)["reward"] == 1 for line in path.read_text(encoding="utf-8").splitlines()]
+            won = [row["reward"] == 1 for row in read_jsonl(path)]
             found.update(sum(won[i : i + size]) for i in range(0, len(won), size))
     return torch.tensor([found[k] for k in range(size + 1)], dtype=torch.float64)
 
