@@ -200,7 +200,6 @@ def scores_of(runs: list[Run]) -> tuple[str, str]:
         if of_one != of_other:
             raise UserError(
                 f"data.init_args.val: {str(one.folder)!r} and {str(other.folder)!r} were scored on different held-out"
-                f" problems: their gold answers are not the same. Only"
-                " runs that measure the same can be compared."
+                " problems: their gold answers are not the same. Only runs that measure the same can be compared."
             )
     return names(runs[0])
