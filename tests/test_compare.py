@@ -219,13 +219,19 @@ def test_a_text_may_hold_what_others_take_for_the_end_of_a_line(tmp_path: Path):
 
 def test_differences_are_paired_by_seed(tmp_path: Path):
     """Seeds that both have, however the folders are called; without any in common there is none."""
-    for name, scores in (("a", {0: 0.4, 1: 0.8, 2: 0.1}), ("b", {1: 0.9, 2: 0.5, 3: 0.0}), ("c", {7: 0.5})):
-        for seed, score in scores.items():
-            fake_run(tmp_path / name / f"z{9 - seed}", seed, [0.0, score], template=name)
+    for name, scores in (
+        ("a", {0: (0.4, 0), 1: (0.8, 1), 2: (0.1, 1)}),
+        ("b", {1: (0.9, 2), 2: (0.5, 2), 3: (0.0, 0)}),
+        ("c", {7: (0.5, 2)}),
+    ):
+        for seed, (score, right) in scores.items():
+            fake_run(tmp_path / name / f"z{9 - seed}", seed, [0.0, score], [right, right], template=name)
     main(["compare", *(str(tmp_path / name) for name in "abc"), "--out", str(tmp_path / "out")])
     _, b, c = json.loads((tmp_path / "out" / "table.json").read_text())["configs"]
     assert list(b["difference"].values()) == pytest.approx([0.25, 0.1, 0.4])
+    assert b["over_problems"]["value"] == pytest.approx(0.5)  # of seeds 1 and 2
     assert c["difference"] is None
+    assert c["over_problems"]["value"] == pytest.approx(1 - 1 / 3)  # of all
     assert c["mean_after"] == {"mean": 0.5, "half_width": None, "values": [0.5]}
     assert (b["seeds"], c["seeds"]) == ([1, 2, 3], [7])
 

@@ -16,10 +16,12 @@ from lit_grpo import quickstart
 from lit_grpo.__main__ import main
 from lit_grpo.losses import TwoGRPO
 from lit_grpo.reports.compare import check_scores, entry_of, parsed
+from lit_grpo.reports.intervals import Interval
 from lit_grpo.reports.results import Run, read_run
 from lit_grpo.reports.running import Job
 from lit_grpo.reproduce import __main__ as reproduce
-from lit_grpo.reproduce.answers import QUESTIONS, Numbers, adaptive, longer, of_signal, reaches
+from lit_grpo.reproduce.answers import QUESTIONS, adaptive, longer, of_signal, reaches
+from lit_grpo.reproduce.numbers import Numbers
 from lit_grpo.reproduce.runs import FIXED_RUNS, RUNS, TwoGRPOAllRows, command
 from lit_grpo.reproduce.signal import SignalToNoise
 
@@ -48,7 +50,11 @@ def test_every_run_is_what_its_name_says(monkeypatch: pytest.MonkeyPatch):
     """Prompts and rollouts per phase, rollouts per update, and the rate, which goes with the prompts per update."""
     monkeypatch.chdir(ROOT)
     found = configs_of(RUNS)
-    assert len(found) == 20
+    assert len(found) == 24
+    for name in ("2-GRPO", "DPO", "IPO", "KTO"):
+        same = found.pop(f"{name}_same_data")
+        assert sizes(same) == pytest.approx((15360, 2, 512, 3e-4 / 256))
+        assert (same["trainer"]["max_epochs"], same["model"]) == (1, found[name]["model"])
     longer = found.pop("2-GRPO_twice_as_long")
     assert longer["trainer"]["max_epochs"] == 240
     assert all(longer[key] == found["2-GRPO_same_rate"][key] for key in ("model", "data"))
@@ -117,6 +123,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setattr(quickstart, "NUM_DEMONSTRATIONS", 2048)
         patch.setattr(Job, "start", here)
+        (folder / "small.yaml").write_text("data.init_args: {prompts_per_phase: 48, updates_per_phase: 3}")
+        for name in (name for name in RUNS if name.endswith("_same_data")):
+            patch.setitem(RUNS, name, f"{RUNS[name]} {folder / 'small.yaml'}")
         patch.setattr("sys.argv", ["reproduce", "--seeds", "0", "--out", "out", "--", *phase])
         reproduce.main()
     return folder / "out"
@@ -150,6 +159,16 @@ def test_losses_begin_with_the_same_rollouts(done: Path):
 
     assert len(samples("2-GRPO")) == 512
     assert all(samples(name) == samples("2-GRPO") for name in ("DPO", "IPO", "KTO", "2-GRPO_all_rows"))
+
+
+def test_losses_on_the_same_data_have_all_rollouts_in_common(done: Path):
+    runs = [done / "runs" / f"{name}_same_data" / "seed-0" for name in ("2-GRPO", "DPO", "IPO", "KTO")]
+    written = [
+        [(row["prompt"], row["completion"], row["reward"]) for row in map(json.loads, path.read_text().splitlines())]
+        for path in (run / "samples" / "train-00000.jsonl" for run in runs)
+    ]
+    assert len(written[0]) == 2 * 48 == of(runs[0].parent)["train/rollouts"]
+    assert all(samples == written[0] for samples in written)
 
 
 def test_tied_rows_change_no_update(done: Path, tmp_path: Path):
@@ -197,12 +216,12 @@ def test_every_question_has_its_answer(done: Path):
         assert "There are no runs" not in section
         for picture in re.findall(r"\]\((\S+\.png)\)", section):
             assert (done / picture).stat().st_size > 10_000
-    assert all(len({*question.needs} - {*question.not_drawn}) <= 7 for question in QUESTIONS)
+    assert all(len({*q.needs} - {*q.not_drawn}) <= 7 for q in QUESTIONS if q.figure)
     assert all({*question.not_drawn} < {*question.needs} for question in QUESTIONS)
     page = (done / "report.html").read_text()
     assert all(question.text.replace("'", "&#39;") in page for question in QUESTIONS)
     assert "One seed: nothing here says" in page
-    assert "<h1>16-GRPO and 19 others</h1>" in page
+    assert "<h1>16-GRPO and 23 others</h1>" in page
     assert page.count("<img") == sum(bool(question.figure) for question in QUESTIONS) + 1
 
 
@@ -226,10 +245,11 @@ def test_the_verdict_is_that_of_the_numbers(score: float, drawn: float, seconds:
     configs = {"16-GRPO": [run_of(0, 0.8)], "2-GRPO": [run_of(0, score, drawn, seconds)]}
     found = reaches(Numbers(configs | {"2-GRPO_same_rate": [run_of(0, 0.4)]}, "val/mean_at_4"))
     assert found[0].startswith(expected[0])
-    assert all(f" of 16-GRPO's, {side} the " in text for side, text in zip(expected[1:], found[1:5], strict=True))
+    sides = [*expected[1:], expected[1]]  # by the very last validation, the only one here, as by the mean
+    assert all(f" of 16-GRPO's, {side} the " in text for side, text in zip(sides, found[1:6], strict=True))
     assert f"{100 * score / 0.8:.1f} %" in found[1]
-    assert "changes by 60.0 points" in found[5]
-    assert found[7].endswith("It ends at 50.0 % of 16-GRPO's score.")
+    assert "changes by 60.0 points" in found[6]
+    assert found[8].endswith("It ends at 50.0 % of 16-GRPO's score.")
 
 
 def test_a_score_is_the_mean_of_the_last_validations():
@@ -252,6 +272,8 @@ def test_a_sentence_says_what_its_interval_includes():
         n.differs("a", "less", n.less("a", "less"))
         == "a is 13.3 points above less [10.0, 20.0]: the interval excludes no difference"
     )
+    just = Interval(-0.05, -0.1, -0.0004)
+    assert n.differs("a", "b", just) == "a is 5.0 points below b [-10.0, 0.0]: the interval includes no difference"
     assert n.differs("single", "a", n.less("single", "a")).endswith("of one seed, which says nothing of chance")
 
 
@@ -273,6 +295,7 @@ def test_a_result_is_reached_where_the_mean_over_seeds_is():
         return Run(Path(), seed, {}, rows, [{"val/mean_at_4": x, "epoch": float(i)} for i, x in enumerate(scores)])
 
     configs = {
+        **{f"{size}-GRPO": [run_of(seed, 0.8, 10 * size) for seed in (0, 1)] for size in (4, 8)},
         "16-GRPO": [run_of(seed, 0.8) for seed in (0, 1)],
         "2-GRPO_twice_as_long": [curve(0, [0.79, 0.8, 0.7]), curve(1, [0.5, 0.77, 0.7])],
     }
@@ -282,7 +305,8 @@ def test_a_result_is_reached_where_the_mean_over_seeds_is():
         "result, 78.1, is in the mean over seeds first reached by 2-GRPO_twice_as_long after 20 rollouts: 20.0 % of the"
         " rollouts and 40.0 % of the seconds of 16-GRPO's whole run."
     )
-    assert "first reached by 16-GRPO after 100 rollouts" in found[3]
+    for text, name, drawn in zip(found[3:], ("4-GRPO", "8-GRPO", "16-GRPO"), (40, 80, 100), strict=True):
+        assert f"first reached by {name} after {drawn} rollouts" in text
     configs["2-GRPO_twice_as_long"].pop(0)
     assert longer(n)[2].endswith("not reached by 2-GRPO_twice_as_long.")
 

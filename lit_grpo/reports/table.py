@@ -96,8 +96,12 @@ def gain(run: Run, score: str) -> float:
 
 
 def compare_rows(row: Row, runs: list[Run], first: list[Run], scores: tuple[str, str]) -> None:
-    """Set what a row says of the first configuration: over the seeds that both have, and over problems."""
-    if pairs := paired(runs, first):
+    """Set what a row says of the first configuration: over the seeds that both have, and over problems.
+
+    Where they have no seed in common, problems are compared with all seeds of each.
+    """
+    pairs = paired(runs, first)
+    if pairs:
 
         def less(score: str) -> Interval | None:
             differences = [one.held_out[-1][score] - other.held_out[-1][score] for one, other in pairs]
@@ -109,7 +113,8 @@ def compare_rows(row: Row, runs: list[Run], first: list[Run], scores: tuple[str,
 
         row.difference, row.difference_pass = map(less, scores)
         row.share_of_gain = over_seeds(share, len(pairs))
-    ours, theirs = mean_over_seeds(runs), mean_over_seeds(first)
+    both = ([pair[side] for pair in pairs] for side in (0, 1)) if pairs else (runs, first)
+    ours, theirs = map(mean_over_seeds, both)
     if ours and ours.keys() == theirs.keys():
         found = paired_bootstrap(torch.tensor(list(ours.values())), torch.tensor([theirs[key] for key in ours]))
         row.over_problems = Interval(found.difference, found.low, found.high)

@@ -2,154 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-
 from lit_grpo.reports.figures import draw
-from lit_grpo.reports.intervals import Interval, over_seeds
+from lit_grpo.reports.intervals import Interval
 from lit_grpo.reports.page import Answer, write_page
 from lit_grpo.reports.results import Run, scores_of
 from lit_grpo.reports.table import label, make_rows, markdown, paired, write_tables
+from lit_grpo.reproduce.numbers import LAST, Numbers, of_the, percent, rollouts, rows_trained, seconds
 from lit_grpo.reproduce.signal import SignalToNoise
 
 PAPER = {"score": 0.976, "rollouts": 0.125, "seconds": 0.21}
 """What 2-GRPO keeps of 16-GRPO's score, and takes of its rollouts and its time, in the abstract of arXiv 2510.00977."""
-
-LAST = 3
-"""Validations at the end of a run whose mean is its score: at a constant rate one alone is uncertain."""
-
-Number = Callable[[Run], float]
-
-
-def rollouts(run: Run) -> float:
-    """Completions drawn."""
-    return run.reached("rollouts")[-1]
-
-
-def seconds(run: Run) -> float:
-    """Of training, without validation."""
-    return run.reached("seconds")[-1]
-
-
-def rows_trained(run: Run) -> float:
-    """Completions that were forwarded."""
-    return run.total("rows_trained") or 0.0
-
-
-def tokens_trained(run: Run) -> float:
-    """Their tokens."""
-    return run.reached("tokens_trained")[-1]
-
-
-COSTS = {"rollouts": rollouts, "rows trained": rows_trained, "tokens trained": tokens_trained, "seconds": seconds}
-
-
-@dataclass
-class Numbers:
-    """Comparisons of two configurations, over the seeds that both have."""
-
-    configs: dict[str, list[Run]]
-    score: str
-    """Name in the log of Mean@k."""
-
-    def after(self, run: Run) -> float:
-        """Mean@k in the end, of the last validations but the first of all."""
-        return fmean(row[self.score] for row in run.held_out[1:][-LAST:])
-
-    def gain(self, run: Run) -> float:
-        """What training added to Mean@k."""
-        return self.after(run) - run.held_out[0][self.score]
-
-    def unrest(self, name: str) -> float:
-        """By how much Mean@k changes from one of the last validations to the next, mean over seeds."""
-        curves = [[row[self.score] for row in run.held_out[-LAST - 1 :]] for run in self.configs[name]]
-        return fmean(abs(one - other) for curve in curves for one, other in itertools.pairwise(curve))
-
-    def over(self, ours: str, theirs: str, statistic: Callable[[list[tuple[Run, Run]]], float]) -> Interval | None:
-        """A statistic of pairs of runs with its interval."""
-        pairs = paired(self.configs[ours], self.configs[theirs])
-        return over_seeds(lambda drawn: statistic([pairs[i] for i in drawn]), len(pairs)) if pairs else None
-
-    def share(self, ours: str, theirs: str, number: Number) -> Interval | None:
-        """One's mean over that of the other; None if that is not above 0 for all resamples."""
-
-        def of(pairs: list[tuple[Run, Run]]) -> float:
-            whole = sum(number(other) for _, other in pairs)
-            return sum(number(one) for one, _ in pairs) / whole if whole > 0 else float("nan")
-
-        return self.over(ours, theirs, of)
-
-    def less(self, ours: str, theirs: str) -> Interval | None:
-        """Mean@k in the end, one's less that of the other."""
-        return self.over(ours, theirs, lambda pairs: fmean(self.after(one) - self.after(other) for one, other in pairs))
-
-    def less_at_equal_rollouts(self, ours: str, theirs: str) -> Interval | None:
-        """Mean@k when both had drawn as many rollouts as that which drew fewer, between validations by a line."""
-
-        def difference(one: Run, other: Run) -> float:
-            least = min(rollouts(one), rollouts(other))
-            found, others = (float(np.interp(least, *run.curve(self.score, "rollouts"))) for run in (one, other))
-            return found - others
-
-        return self.over(ours, theirs, lambda pairs: fmean(difference(*pair) for pair in pairs))
-
-    def arrives(self, name: str, bound: float) -> tuple[float, float] | None:
-        """Rollouts and seconds at the first validation whose mean over seeds has this Mean@k; None if none has."""
-        runs = self.configs[name]
-        means = map(fmean, zip(*(run.curve(self.score, "rollouts")[1] for run in runs), strict=True))
-        at = next((i for i, mean in enumerate(means) if mean >= bound), None)
-        if at is None:
-            return None
-        drawn, took = (fmean(run.curve(self.score, axis)[0][at] for run in runs) for axis in ("rollouts", "seconds"))
-        return drawn, took
-
-    def differs(self, ours: str, theirs: str, found: Interval | None) -> str:
-        """A difference of Mean@k in words."""
-        if found is None:
-            return f"{ours} and {theirs} have no seed in common"
-        points = f"{100 * abs(found.value):.1f}"
-        place = "above" if found.value > 0 else "below"
-        text = f"{ours} is level with {theirs}" if points == "0.0" else f"{ours} is {points} points {place} {theirs}"
-        if found.low is None or found.high is None:
-            return f"{text}, of one seed, which says nothing of chance"
-        included = "includes" if found.low <= 0 <= found.high else "excludes"
-        return f"{text}{ends(found, 100)}: the interval {included} no difference"
-
-    def scores(self, *names: str) -> str:
-        """Mean@k in the end of each, in percent."""
-        found = [f"{name} {100 * fmean(map(self.after, self.configs[name])):.1f}" for name in names]
-        return f"{label(self.score)} in the end, in percent: {', '.join(found)}."
-
-    def costs(self, ours: str, theirs: str) -> str:
-        """What one took, as shares of what the other took."""
-        found = [of_the(self.share(ours, theirs, number), name) for name, number in COSTS.items()]
-        return f"Compared with {theirs}, {ours} takes {', '.join(found)}."
-
-
-def percent(found: Interval | None) -> str:
-    """A share as people read it."""
-    return "an undefined share" if found is None else f"{100 * found.value:.1f} %{ends(found, 100)}"
-
-
-def of_the(found: Interval | None, what: str) -> str:
-    """A share of something, or how many times as much where it is more than twice.
-
-    >>> of_the(Interval(0.125, None, None), "rollouts"), of_the(Interval(8.0, 7.9, 8.1), "rollouts")
-    ('12.5 % of the rollouts', '8.0 times the rollouts [7.9, 8.1]')
-    """
-    if found is None or found.value <= 2:
-        return f"{percent(found)} of the {what}"
-    return f"{found.value:.1f} times the {what}{ends(found)}"
-
-
-def ends(found: Interval, unit: float = 1.0) -> str:
-    """The interval in brackets, nothing for a single seed."""
-    return "" if found.low is None or found.high is None else f" [{found.low * unit:.1f}, {found.high * unit:.1f}]"
 
 
 def kept(n: Numbers) -> list[str]:
@@ -173,6 +40,8 @@ def reaches(n: Numbers) -> list[str]:
     found = ["Yes, all three." if every else "No, not all three."]
     found += [f"The {what}: {verdict(share, what)}." for what, share in shares.items()]
     found.append(f"The gain, which is harder, as the score does not begin at 0: {verdict(of_gain, 'score')}.")
+    alone = n.share("2-GRPO", "16-GRPO", n.very_last)
+    found.append(f"The score by the very last validation alone: {verdict(alone, 'score')}.")
     for name in ("16-GRPO", "2-GRPO", "2-GRPO_same_rate"):
         run, trained = n.configs[name][0], fmean(map(rows_trained, n.configs[name]))
         updates = len(run.phases) * run.settings.get("data.init_args.updates_per_phase", 1)
@@ -204,7 +73,7 @@ def verdict(found: Interval | None, what: str) -> str:
 
 
 def longer(n: Numbers) -> list[str]:
-    """2-GRPO with more phases, and where it comes to what the paper has it keep."""
+    """2-GRPO with more phases, and where it and larger groups come to what the paper has it keep."""
     name = "2-GRPO_twice_as_long"
     bound = PAPER["score"] * fmean(map(n.after, n.configs["16-GRPO"]))
     found = [
@@ -212,7 +81,7 @@ def longer(n: Numbers) -> list[str]:
         f"{n.differs(name, '16-GRPO', n.less(name, '16-GRPO'))}. {n.costs(name, '16-GRPO')}",
     ]
     all_drawn, all_seconds = (fmean(map(number, n.configs["16-GRPO"])) for number in (rollouts, seconds))
-    for who in (name, "16-GRPO"):
+    for who in (name, "4-GRPO", "8-GRPO", "16-GRPO"):
         head = f"{100 * PAPER['score']:g} % of 16-GRPO's result, {100 * bound:.1f}, is in the mean over seeds"
         if (place := n.arrives(who, bound)) is None:
             found.append(f"{head} not reached by {who}.")
@@ -237,20 +106,38 @@ def skipping(n: Numbers) -> list[str]:
 
 
 def resampling(n: Numbers) -> list[str]:
-    """2-GRPO+RS against 2-GRPO and 16-GRPO."""
-    found = [n.scores("2-GRPO+RS", "2-GRPO", "16-GRPO")]
-    for other in ("2-GRPO", "16-GRPO"):
+    """2-GRPO+RS against 2-GRPO, against larger groups of the same prompts, and against 16-GRPO."""
+    others = ("2-GRPO", "4-GRPO", "8-GRPO", "16-GRPO")
+    found = [n.scores("2-GRPO+RS", *others)]
+    for other in others:
         difference = n.differs("2-GRPO+RS", other, n.less("2-GRPO+RS", other))
         found += [n.costs("2-GRPO+RS", other), f"In {label(n.score)}, {difference}."]
     return found
 
 
 def losses(n: Numbers) -> list[str]:
-    """Preference losses against 2-GRPO, all on groups of two."""
-    found = [n.scores("2-GRPO", "DPO", "IPO", "KTO")]
-    for name in ("DPO", "IPO", "KTO"):
+    """Preference losses against 2-GRPO on groups of two, each on rollouts of its own policy; and against 16-GRPO."""
+    found = [n.scores("2-GRPO", *PREFERENCES)]
+    for name in PREFERENCES:
         time = of_the(n.share(name, "2-GRPO", seconds), "seconds")
         found += [f"{n.differs(name, '2-GRPO', n.less(name, '2-GRPO'))}. It takes {time} of 2-GRPO."]
+    for name in PREFERENCES:
+        found += [f"{n.differs(name, '16-GRPO', n.less(name, '16-GRPO'))}. {n.costs(name, '16-GRPO')}"]
+    return found
+
+
+def same_data(n: Numbers) -> list[str]:
+    """The same losses on the very same rollouts, all of the warm-started policy; and against training on their own."""
+    two, others = "2-GRPO_same_data", [f"{name}_same_data" for name in PREFERENCES]
+    found = [f"{n.scores(two, *others)} Of one validation, as these runs have one phase."]
+    for name in others:
+        time = of_the(n.share(name, two, seconds), "seconds")
+        found += [f"{n.differs(name, two, n.less(name, two))}. It takes {time} of {two}."]
+    for name in (two, *others):
+        own = name.removesuffix("_same_data")
+        drawn = fmean(map(rollouts, n.configs[name]))
+        difference = n.differs(name, own, n.less_at_equal_rollouts(name, own))
+        found += [f"After {drawn:,.0f} rollouts, which {own} draws of its own policy, {difference}."]
     return found
 
 
@@ -294,6 +181,9 @@ def adaptive(n: Numbers) -> list[str]:
     return [*found, n.costs("Adaptive", "2-GRPO")]
 
 
+PREFERENCES = ("DPO", "IPO", "KTO")
+
+
 @dataclass
 class Question:
     """What one asks of the runs."""
@@ -325,17 +215,28 @@ QUESTIONS = [
     Question(
         "How long does 2-GRPO need to come to 97.6 % of 16-GRPO's result?",
         longer,
-        ["16-GRPO", "2-GRPO_twice_as_long"],
+        ["16-GRPO", "2-GRPO_twice_as_long", "4-GRPO", "8-GRPO"],
         "longer.png",
     ),
     Question("What does skipping tied pairs contribute?", skipping, ["2-GRPO", "2-GRPO_all_rows"]),
     Question(
         "What does replacing tied pairs cost, and what does it bring?",
         resampling,
-        ["16-GRPO", "2-GRPO", "2-GRPO+RS"],
+        ["16-GRPO", "2-GRPO", "4-GRPO", "8-GRPO", "2-GRPO+RS"],
         "resampling.png",
     ),
-    Question("How do losses compare on groups of two?", losses, ["2-GRPO", "DPO", "IPO", "KTO"], "losses.png"),
+    Question(
+        "How do losses compare on groups of two?",
+        losses,
+        ["16-GRPO", "2-GRPO", *PREFERENCES],
+        "losses.png",
+        not_drawn=("16-GRPO",),
+    ),
+    Question(
+        "How do losses compare on identical rollouts, which the policy before training drew?",
+        same_data,
+        [*(f"{name}{data}" for data in ("", "_same_data") for name in ("2-GRPO", *PREFERENCES))],
+    ),
     Question(
         "Do larger groups help at equal prompts, and at equal rollouts?",
         equal_rollouts,

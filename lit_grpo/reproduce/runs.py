@@ -11,7 +11,7 @@ from lit_grpo.quickstart import CONFIGS
 TASK = Path("runs/quickstart/task-seed0")
 """What configs/quickstart.yaml begins from: all seeds train the same model."""
 
-TWO = "reproduce/g2_scaled.yaml"
+TWO, ONCE = "reproduce/g2_scaled.yaml", "reproduce/once.yaml"
 RUNS = {
     "16-GRPO": "reproduce/g16.yaml",
     "2-GRPO": TWO,
@@ -33,6 +33,10 @@ RUNS = {
     "DPO": f"{TWO} online/dpo.yaml",
     "IPO": f"{TWO} online/ipo.yaml",
     "KTO": f"{TWO} online/kto.yaml",
+    "2-GRPO_same_data": f"{TWO} {ONCE}",
+    "DPO_same_data": f"{TWO} online/dpo.yaml {ONCE}",
+    "IPO_same_data": f"{TWO} online/ipo.yaml {ONCE}",
+    "KTO_same_data": f"{TWO} online/kto.yaml {ONCE}",
 }
 """Name and overlays of each run that trains; others are compared with the first."""
 
