@@ -82,7 +82,14 @@ def with_engine(engine: type[HFEngine]) -> dict[str, Any]:
 
 
 def plain_logps(
-    hidden: Any, tokens: Any, mask: Any, head: Any, temperature: float, softcap: Any, entropy: bool, places: Any
+    hidden: Any,
+    tokens: Any,
+    mask: Any,
+    head: Any,
+    temperature: float,
+    softcap: Any,
+    entropy: bool = False,
+    places: Any = None,
 ) -> Any:
     """Logits of all positions, and their log_softmax."""
     logps = (head(hidden) / temperature).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

@@ -92,7 +92,7 @@ class PolicyModule(L.LightningModule):
             raise UserError("model.share_prompts: rows that are packed cannot share prompts. Leave one of the two out.")
         self.attention, self.packing, self.compiled = attention, packing, compile
         self.share_prompts = share_prompts
-        self.config = load_config(model)
+        self.config = load_config(model).get_text_config()
         self.tokenizer = load_tokenizer(model)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.policy: Policy | None = None

@@ -31,7 +31,8 @@ class Policy(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
-        self.divisor, self.softcap = logits_divisor(lm.config), logits_softcap(lm.config)
+        self.config = lm.config.get_text_config()
+        self.divisor, self.softcap = logits_divisor(self.config), logits_softcap(self.config)
         self.plain_attention = lm.config._attn_implementation
         self.packing = self.sharing = False
         self.tokens_read = 0
@@ -58,26 +59,29 @@ class Policy(nn.Module):
         return completion_logps(hidden, tokens, mask, head, temperature * self.divisor, self.softcap, entropy, places)
 
     @torch.no_grad()
-    def check_logps(self) -> None:
+    def check_against_logits(self) -> None:
         """See to it that log-probs are those of the logits that the model itself gives.
 
         Raises:
-            UserError: if it makes logits of hidden states in a way that is not known here.
+            UserError: if it makes logits of hidden states in a way that is not known here, or if they are NaN.
         """
-        tokens = (torch.arange(8) % self.lm.get_input_embeddings().num_embeddings)[None]
-        mask, head = torch.ones(1, 7, dtype=torch.bool), self.lm.get_output_embeddings()
-        training = self.training
-        self.eval()
-        hidden = self.lm.base_model(tokens[:, :-1], use_cache=False).last_hidden_state
+        name = type(self.lm).__name__
+        tokens = (torch.arange(4) % self.lm.get_input_embeddings().num_embeddings)[None]
+        mask, head = torch.ones(1, 3, dtype=torch.bool), self.lm.get_output_embeddings()
+        hidden = getattr(self.lm.base_model(tokens[:, :-1], use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            raise UserError(f"model.model: {name} has no decoder that gives hidden states. Choose another model.")
         ours, _ = completion_logps(hidden, tokens, mask, head, self.divisor, self.softcap)
         theirs = self.lm(tokens[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
-        self.train(training)
+        if theirs.isnan().any():
+            raise UserError(f"model.model: the log-probs of {name} are NaN. Its weights are broken; save them again.")
         difference = (ours - theirs[..., 0]).abs().max().item()
         if not difference < 1e-3:
             raise UserError(
-                f"model.model: {type(self.lm).__name__} scales or caps its logits in a way that is not known here: its"
-                f" log-probs differ from those that would be trained by up to {difference:.2g}. Choose another model,"
-                " or teach logits_divisor or logits_softcap in lit_grpo/policy.py."
+                f"model.model: log-probs of {name} differ by up to {difference:.2g} from those that would be trained,"
+                " as it scales, caps or transforms its logits in a way that is not known here, or draws random numbers"
+                " while it trains. Choose another model, or teach logits_divisor or logits_softcap in"
+                " lit_grpo/policy.py."
             )
 
     def padded(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -122,18 +126,18 @@ class Policy(nn.Module):
                 self.lm.set_attn_implementation(attention)
             except (ValueError, ImportError) as error:
                 raise UserError(f"model.attention: {error}") from error
-        config = self.lm.config
-        kinds = set(getattr(config, "layer_types", None) or [])
+        kinds = set(getattr(self.config, "layer_types", None) or [])
         if packing and (kinds - ATTENTIONS or getattr(self.lm, "_is_stateful", False)):
             raise UserError(
                 f"model.packing: layers of {type(self.lm).__name__} carry a state from one token to the next, and so"
                 " from one packed row to the next. Leave it out."
             )
-        windows = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None))
-        if share_prompts and (config._attn_implementation != "sdpa" or windows):
+        windows = kinds - {"full_attention"} or (not kinds and getattr(self.config, "sliding_window", None))
+        if share_prompts and (self.config._attn_implementation != "sdpa" or windows):
             raise UserError(
                 "model.share_prompts: it needs the attention sdpa in every layer, without sliding windows; this model"
-                f" has {config._attn_implementation}{' with layers of other kinds' if windows else ''}. Leave it out."
+                f" has {self.config._attn_implementation}{' with layers of other kinds' if windows else ''}."
+                " Leave it out."
             )
         if compiled:
             self.lm.base_model.compile(dynamic=True)
@@ -164,6 +168,10 @@ ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers, by their name in ``transformers``, that look at rows by their positions and keep no state."""
 
 
+RANDOM = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "jitter_noise")
+"""How names of settings end that have a model draw random numbers while it trains."""
+
+
 def logits_softcap(config: Any) -> float | None:
     """What a model squashes its logits below, before their softmax; None for most."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
@@ -174,19 +182,19 @@ def logits_divisor(config: Any) -> float:
     """What a model divides its logits by, between its head and their softmax: of most 1."""
     scaling = getattr(config, "logits_scaling", None) or 1.0  # Granite, MiniCPM; HyperCLOVA X multiplies
     by = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
-        by *= getattr(config, name, None) or 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1; MPT has one that is not used
+        by *= (config.model_type != "mpt" and getattr(config, name, None)) or 1.0
     return 1 / by
 
 
 def load_policy(
     model: str, gradient_checkpointing: bool = False, lora: LoRA | None = None, strategy: Any = None
 ) -> Policy:
-    """The policy to train: float32 weights, train mode, dropout off.
+    """The policy to train: float32 weights, train mode, dropout and the noise of routers off.
 
     Float32 because at the learning rates of RL an update of a bfloat16 weight rounds to nothing; ``precision:
     bf16-mixed`` computes in bfloat16 all the same. Dropout off because the ratio between two policies means nothing if
-    each draws its own mask.
+    each draws its own mask, and so for noise.
 
     Args:
         model: folder or hub id.
@@ -198,17 +206,16 @@ def load_policy(
         UserError: if the model cannot be loaded.
     """
     config = load_config(model)
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop", "dropout_rate", "dropout_prob")) and isinstance(
-            getattr(config, name), float
-        ):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name in vars(part):
+            if name.endswith(RANDOM) and isinstance(getattr(part, name), float):
+                setattr(part, name, 0.0)
     try:
         if not shares_out(strategy):
             policy = prepared(load_lm(model, config), gradient_checkpointing, lora)
             for number, layer in enumerate(decoder_layers(policy.lm).values()):
                 draw_adapters(layer, number)
-            policy.check_logps()
+            policy.check_against_logits()
             return policy
         with no_init_weights(), parameters_without_memory():
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -292,7 +299,7 @@ def load_tokenizer(model: str) -> Any:
 
 def stop_token_ids(model: str, tokenizer: Any) -> list[int]:
     """All ids that end a completion: the tokenizer's, the config's and the generation config's (Qwen has two)."""
-    ids = [tokenizer.eos_token_id, load_config(model).eos_token_id]
+    ids = [tokenizer.eos_token_id, load_config(model).get_text_config().eos_token_id]
     with contextlib.suppress(OSError):  # a model folder need not have a generation config
         ids.append(GenerationConfig.from_pretrained(model).eos_token_id)
     flat = [i for entry in ids for i in (entry if isinstance(entry, list) else [entry])]

@@ -95,6 +95,13 @@ def test_a_batch_moves_to_a_gpu_while_the_process_goes_on(monkeypatch: pytest.Mo
     assert asked == [("cuda", True)] * len([x for x in vars(batch).values() if x == "there"])
 
 
+def test_only_the_memory_of_the_cpu_is_pinned(monkeypatch: pytest.MonkeyPatch):
+    batch = collate([row(1, 1)], 5, 7).to("meta")
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: "there")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    assert batch.to("cuda").tokens == "there"
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.sampled_from([-1.0, 0.0, 1.0])), min_size=4, max_size=40),
     st.integers(1, 4),

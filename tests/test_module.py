@@ -16,12 +16,17 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma4Config,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     HyperCLOVAXConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    MptConfig,
     Qwen2ForCausalLM,
     RecurrentGemmaConfig,
+    xLSTMConfig,
 )
 
 from callbacks import HFRollout
@@ -30,7 +35,12 @@ from lit_grpo.errors import UserError
 from lit_grpo.logprobs import completion_logps
 from lit_grpo.losses import GRPO, LossInputs, LossOutput, TwoGRPO
 from lit_grpo.module import PolicyModule
-from lit_grpo.policy import Policy, load_policy, load_reference, load_tokenizer, stop_token_ids
+from lit_grpo.policy import Policy, load_policy, load_reference, load_tokenizer, logits_softcap, stop_token_ids
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,10 +70,8 @@ class TestLogps:
         ],
     )
     def test_what_models_do_to_logits_after_their_head_is_done(self, config: Any, key: str, value: float):
-        sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
         torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(config(**sizes, **heads, **{key: value})).double().eval()
+        lm = AutoModelForCausalLM.from_config(config(**SIZES, **{key: value})).double().eval()
         tokens, mask = batch()
         logits = lm(tokens).logits[:, :-1]
         plain = (logits / 0.6).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
@@ -81,8 +89,47 @@ class TestLogps:
             return found
 
         monkeypatch.setattr(Qwen2ForCausalLM, "forward", scaled)
-        with pytest.raises(UserError, match=r"model.model: Qwen2ForCausalLM scales or caps its logits in a way"):
+        with pytest.raises(
+            UserError, match=r"model.model: log-probs of Qwen2ForCausalLM differ by up to .* scales, caps"
+        ):
             load_policy(model)
+
+    def test_what_a_model_does_to_its_logits_may_stand_in_its_text_config(self):
+        text = {"final_logit_softcapping": 0.1, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+        config = Gemma4Config(text_config={**SIZES, **text, "layer_types": ["full_attention"] * 3})
+        lm = AutoModelForCausalLM.from_config(config)
+        assert lm.config is not lm.config.get_text_config()
+        policy = Policy(lm)
+        assert policy.softcap == 0.1
+        policy.check_against_logits()
+
+    def test_xlstm_has_a_name_of_its_own_for_its_cap(self):
+        assert logits_softcap(xLSTMConfig(output_logit_soft_cap=12.0)) == 12.0
+
+    def test_weights_that_give_nan_are_broken(self, model: str):
+        policy = load_policy(model)
+        with torch.no_grad():
+            policy.lm.get_output_embeddings().weight[3] = torch.nan
+        with pytest.raises(UserError, match=r"model.model: the log-probs of Qwen2ForCausalLM are NaN"):
+            policy.check_against_logits()
+
+    def test_a_model_without_a_decoder_is_named(self, tmp_path: Path):
+        config = Llama4TextConfig(**SIZES, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=4)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"model.model: Llama4ForCausalLM has no decoder that gives hidden states"):
+            load_policy(str(tmp_path))
+
+    def test_a_scale_that_a_model_does_not_use_is_not_used(self):
+        config = MptConfig(vocab_size=16, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+        config.logit_scale = "inv_sqrt_d_model"
+        Policy(AutoModelForCausalLM.from_config(config)).check_against_logits()
+
+    def test_nothing_random_happens_while_a_policy_trains(self, tmp_path: Path):
+        config = MixtralConfig(**SIZES, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.5)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        policy = load_policy(str(tmp_path))
+        assert policy.training
+        torch.testing.assert_close(policy(*batch())[0], policy(*batch())[0], rtol=0, atol=0)
 
     def test_padding_changes_nothing(self, model: str):
         policy = load_policy(model).double()

@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -95,6 +97,7 @@ def test_packed_rows_do_not_see_each_other(name: str, attention: str):
     with policy.plainly():  # with sdpa
         exactly = 0 if attention == "sdpa" else 1e-6
         torch.testing.assert_close(logps_and_gradients(policy), plain, rtol=0, atol=exactly)
+    assert (policy.packing, policy.lm.config._attn_implementation) == (True, attention)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -123,6 +126,9 @@ def test_a_model_that_cannot_share_prompts_is_named():
         windows.speed_up("sdpa", packing=False, share_prompts=True, compiled=False)
     with pytest.raises(UserError, match=r"model.share_prompts: .* this model has eager\. Leave it out"):
         Policy(AutoModelForCausalLM.from_config(MODELS["llama"]())).speed_up("eager", False, True, False)
+    inside = Gemma3Config(text_config={**SIZES, "sliding_window": 4})  # has its kinds of layers in text_config
+    with pytest.raises(UserError, match=r"model.share_prompts: .* has sdpa with layers of other kinds"):
+        Policy(AutoModelForCausalLM.from_config(inside)).speed_up("sdpa", False, True, False)
     unnamed = Policy(AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=4)))  # has no layer_types
     with pytest.raises(UserError, match=r"model.share_prompts: .* has sdpa with layers of other kinds"):
         unnamed.speed_up(None, packing=False, share_prompts=True, compiled=False)
@@ -134,6 +140,9 @@ def test_a_model_whose_layers_carry_a_state_is_not_packed():
     convolutions = AutoModelForCausalLM.from_config(Lfm2Config(**sizes, layer_types=["conv", "full_attention"]))
     with pytest.raises(UserError, match=r"model.packing: layers of Lfm2ForCausalLM carry a state"):
         Policy(convolutions).speed_up(None, packing=True, share_prompts=False, compiled=False)
+    states = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=16, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(UserError, match=r"model.packing: layers of MambaForCausalLM carry a state"):
+        Policy(states).speed_up(None, packing=True, share_prompts=False, compiled=False)
 
 
 def test_a_compiled_decoder_gives_the_same(model: str):
