@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,12 @@ class TestByHand:
         lists = inspect(SAMPLES, OUTLIERS, "").lists
         assert [row["shown"] for row in lists["Most tokens outside the clip range"]] == ["50%", "25%"]
         assert [row["completion"] for row in lists["Largest mismatch of sampler and trainer"]] == ["3", "2", "1", "0"]
+
+    def test_lists_that_are_empty_say_so(self):
+        """As that of clipping is where a phase has one update."""
+        found = inspect(SAMPLES, [row | {"outside_clip": 0.0} for row in OUTLIERS], "")
+        assert "\nMost tokens outside the clip range\n        none\n" in found.text()
+        assert re.search(r"Most tokens outside the clip range</h2>\s*<p>none</p>", found.page())
 
     def test_duplicates_are_of_one_prompt(self):
         found = inspect(SAMPLES, [], "")

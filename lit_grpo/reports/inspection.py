@@ -33,7 +33,7 @@ class Inspection:
 
     title: str
     lists: dict[str, list[Row]]
-    """Completions by what they were chosen for, at most five each."""
+    """Completions by what they were chosen for, at most five each; lists of outliers only where some were written."""
 
     components: list[tuple[str, float, float, float]]
     """Name of the reward or of a part of it, mean, standard deviation, share above 0."""
@@ -55,7 +55,7 @@ class Inspection:
 
     def text(self) -> str:
         """As the terminal shows it."""
-        lines = [self.title, "", f"{'reward':24}{'mean':>10}{'sd':>10}{'> 0':>8}"]
+        lines = [self.title, "", f"{'reward and parts':24}{'mean':>10}{'sd':>10}{'> 0':>8}"]
         lines += [f"{name:24}{mean:10.3f}{sd:10.3f}{share:8.0%}" for name, mean, sd, share in self.components]
         lines += ["", f"{'tokens':>12}{'completions':>13}{'reward':>10}{'cut off':>9}"]
         lines += [f"{f'{a}-{b}':>12}{n:13}{mean:10.3f}{cut:9.0%}" for a, b, n, mean, cut in self.lengths]
@@ -64,7 +64,7 @@ class Inspection:
         for text, count in self.common:
             lines.append(f"{count:6} x {short(text)}")
         for name, rows in self.lists.items():
-            lines += ["", name]
+            lines += ["", name, *([] if rows else [f"{'none':>12}"])]
             lines += [f"{row['shown']:>12}  {short(row['prompt'], 40)} -> {short(row['completion'])}" for row in rows]
         return "\n".join(lines)
 
@@ -95,14 +95,16 @@ def inspect(samples: list[Row], outliers: list[Row], title: str) -> Inspection:
         f"Most repeated {N_GRAM}-grams": top(
             [row for row in repeated if row["repetition"]], lambda row: row["repetition"], "{:.0%}"
         ),
-        "Most tokens outside the clip range": top(
-            [row for row in outliers if row["outside_clip"]], lambda row: row["outside_clip"], "{:.0%}"
-        ),
-        "Largest mismatch of sampler and trainer": top(outliers, lambda row: row["mismatch"], "{:.2g}"),
     }
+    if outliers:
+        clipped = [row for row in outliers if row["outside_clip"]]
+        lists |= {
+            "Most tokens outside the clip range": top(clipped, lambda row: row["outside_clip"], "{:.0%}"),
+            "Largest mismatch of sampler and trainer": top(outliers, lambda row: row["mismatch"], "{:.2g}"),
+        }
     return Inspection(
         title,
-        {name: rows for name, rows in lists.items() if rows},
+        lists,
         [(name, statistics.mean(x), statistics.pstdev(x), share(v > 0 for v in x)) for name, x in rewards.items()],
         by_length(samples),
         share(counts[row["prompt"], row["completion"]] > 1 for row in samples),
