@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ENVIRONMENT
+from matplotlib import pyplot
 
 from lit_grpo.__main__ import main
 from lit_grpo.csv_log import read_metrics
 from lit_grpo.reports.compare import alone_in
+from lit_grpo.reports.figures import draw
 from lit_grpo.reports.intervals import over_seeds, spread
-from lit_grpo.reports.results import is_finished, read_run, read_runs
+from lit_grpo.reports.results import AXES, is_finished, read_run, read_runs
 from lit_grpo.reports.running import Job
 
 PHASES = 4
@@ -234,6 +236,15 @@ def test_differences_are_paired_by_seed(tmp_path: Path):
     assert c["over_problems"]["value"] == pytest.approx(1 - 1 / 3)  # of all
     assert c["mean_after"] == {"mean": 0.5, "half_width": None, "values": [0.5]}
     assert (b["seeds"], c["seeds"]) == ([1, 2, 3], [7])
+
+
+def test_long_curves_are_cut_where_others_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = [read_run(fake_run(tmp_path / name, 0, [0.1, 0.5])) for name in ("short", "long")]
+    runs[1].phases[1]["train/rollouts"] = 1600
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    for cut, end in (((), 1600), (("long",), 16)):
+        draw({"short": [runs[0]], "long": [runs[1]]}, "val/mean_at_2", tmp_path / "curves.png", cut)
+        assert end <= pyplot.gcf().axes[AXES.index("rollouts")].get_xlim()[1] <= 1.1 * end
 
 
 def test_curves_stand_at_what_was_done_before_each_point(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ POINTS = 50
 """Rewards of training are noisy: more phases are averaged to so many points."""
 
 
-def draw(configs: dict[str, list[Run]], score: str, path: Path) -> None:
+def draw(configs: dict[str, list[Run]], score: str, path: Path, cut: Sequence[str] = ()) -> None:
     """Reward of training and a held-out score against each of ``AXES``; lines are means, bands all seeds.
 
     Args:
         configs: runs of each, one a seed.
         score: name in the log of the held-out score.
         path: of the PNG.
+        cut: configurations that are drawn as far as the others go.
     """
     import matplotlib
 
@@ -45,6 +47,9 @@ def draw(configs: dict[str, list[Run]], score: str, path: Path) -> None:
     for panel, axis in zip(axes[1], AXES, strict=True):
         panel.set_xlabel(names.get(axis, axis))
         panel.locator_params(axis="x", nbins=5)
+        if cut:
+            whole = [run for name, runs in configs.items() if name not in cut for run in runs]
+            panel.set_xlim(right=1.02 * max(run.reached(axis)[-1] for run in whole))
         panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     for panel in axes.flat:
         panel.grid(alpha=0.3)

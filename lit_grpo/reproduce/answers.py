@@ -40,7 +40,7 @@ def reaches(n: Numbers) -> list[str]:
     found = ["Yes, all three." if every else "No, not all three."]
     found += [f"The {what}: {verdict(share, what)}." for what, share in shares.items()]
     found.append(f"The gain, which is harder, as the score does not begin at 0: {verdict(of_gain, 'score')}.")
-    alone = n.share("2-GRPO", "16-GRPO", n.very_last)
+    alone = n.share("2-GRPO", "16-GRPO", lambda run: run.held_out[-1][n.score])
     found.append(f"The score by the very last validation alone: {verdict(alone, 'score')}.")
     for name in ("16-GRPO", "2-GRPO", "2-GRPO_same_rate"):
         run, trained = n.configs[name][0], fmean(map(rows_trained, n.configs[name]))
@@ -197,7 +197,10 @@ class Question:
     """Name of a figure of them, if there is one."""
 
     not_drawn: tuple[str, ...] = ()
-    """Those whose curves are so long that others could not be told apart."""
+    """Those that would be too many in the figure."""
+
+    cut: tuple[str, ...] = ()
+    """Those that are drawn as far as others go, which could not be told apart otherwise."""
 
 
 QUESTIONS = [
@@ -230,7 +233,7 @@ QUESTIONS = [
         losses,
         ["16-GRPO", "2-GRPO", *PREFERENCES],
         "losses.png",
-        not_drawn=("16-GRPO",),
+        cut=("16-GRPO",),
     ),
     Question(
         "How do losses compare on identical rollouts, which the policy before training drew?",
@@ -258,7 +261,7 @@ QUESTIONS = [
         adaptive,
         ["16-GRPO", "2-GRPO", "2-GRPO+RS", "16-GRPO_same_rollouts", "Adaptive"],
         "adaptive.png",
-        not_drawn=("16-GRPO", "2-GRPO+RS"),
+        cut=("16-GRPO", "2-GRPO+RS"),
     ),
 ]
 
@@ -304,7 +307,8 @@ def answers(configs: dict[str, list[Run]], score: str, signal: SignalToNoise, ou
             continue
         picture = out / question.figure if question.figure else None
         if picture:
-            draw({name: configs[name] for name in question.needs if name not in question.not_drawn}, score, picture)
+            drawn = {name: configs[name] for name in question.needs if name not in question.not_drawn}
+            draw(drawn, score, picture, question.cut)
         found.append(Answer(question.text, question.answer(Numbers(configs, score)), picture=picture))
     return [*found, of_signal(signal, out / "signal_to_noise.png")]
 

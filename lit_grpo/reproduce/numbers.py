@@ -54,10 +54,6 @@ class Numbers:
         """Mean@k in the end, of the last validations but the first of all."""
         return fmean(row[self.score] for row in run.held_out[1:][-LAST:])
 
-    def very_last(self, run: Run) -> float:
-        """Mean@k of the last validation alone."""
-        return run.held_out[-1][self.score]
-
     def gain(self, run: Run) -> float:
         """What training added to Mean@k."""
         return self.after(run) - run.held_out[0][self.score]
