@@ -49,7 +49,8 @@ def draw(configs: dict[str, list[Run]], score: str, path: Path, cut: Sequence[st
         panel.locator_params(axis="x", nbins=5)
         if cut:
             whole = [run for name, runs in configs.items() if name not in cut for run in runs]
-            panel.set_xlim(right=1.02 * max(run.reached(axis)[-1] for run in whole))
+            end = max(run.reached(axis)[-1] for run in whole)
+            panel.set_xlim(-0.02 * end, 1.02 * end)
         panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     for panel in axes.flat:
         panel.grid(alpha=0.3)
