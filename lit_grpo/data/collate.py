@@ -175,12 +175,12 @@ def collate(
     rows: Sequence[Row], total_rows: int, total_tokens: int, on_policy: bool = False, temperature: float = 1.0
 ) -> Batch:
     """Pad rows to their own longest and stack them; see :class:`~lit_grpo.data.types.Batch` for the layout."""
-    width = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row.prompt_ids + row.completion.token_ids)
-        mask[i, len(row.prompt_ids) - 1 : len(row) - 1] = True
+    begins = torch.tensor([[len(row.prompt_ids)] for row in rows])
+    ends = torch.tensor([[len(row)] for row in rows])
+    columns = torch.arange(int(ends.max()))
+    flat = torch.tensor([token for row in rows for token in row.prompt_ids + row.completion.token_ids])
+    tokens = torch.zeros(len(rows), len(columns), dtype=torch.int64).masked_scatter(columns < ends, flat)
+    mask = (begins <= columns[1:]) & (columns[1:] < ends)
 
     def logps(values: list[list[float] | None]) -> torch.Tensor | None:
         if any(v is None for v in values):
