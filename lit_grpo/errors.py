@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,8 +31,18 @@ def mistakes_end_with_a_message(program: str) -> Iterator[None]:
             raise
         where = "" if isinstance(cause, UserError | OSError) else "trainer: "
         advice = " Make room. Checkpoints that are there hold: go on with --ckpt_path last." if is_full(cause) else ""
-        print(f"{program}: error: {where}{cause}{advice}", file=sys.stderr)
+        print(f"{program}: error: {where}{cause}{advice}", file=sys.stderr, flush=True)
+        let_the_first_process_end()
         sys.exit(2)
+
+
+def let_the_first_process_end() -> None:
+    """Lightning kills the first process when it finds that another has ended, in the middle of its message or not."""
+    first = os.getppid()
+    for _ in range(100 if os.environ.get("LOCAL_RANK", "0") != "0" else 0):
+        if os.getppid() != first:
+            return
+        time.sleep(0.1)
 
 
 def is_mistake(error: BaseException) -> bool:

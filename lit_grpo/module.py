@@ -92,7 +92,7 @@ class PolicyModule(L.LightningModule):
             raise UserError("model.share_prompts: rows that are packed cannot share prompts. Leave one of the two out.")
         self.attention, self.packing, self.compiled = attention, packing, compile
         self.share_prompts = share_prompts
-        self.config = load_config(model).get_text_config()
+        self.config = load_config(model)
         self.tokenizer = load_tokenizer(model)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.policy: Policy | None = None
@@ -116,12 +116,12 @@ class PolicyModule(L.LightningModule):
     @property
     def context(self) -> int:
         """Longest sequence the model was made for, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", 2**31))
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2**31))
 
     @property
     def vocab_size(self) -> int:
         """Tokens that have an embedding."""
-        return int(self.config.vocab_size)
+        return int(self.config.get_text_config().vocab_size)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from lit_grpo.errors import UserError
@@ -60,10 +60,11 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_against_logits(self) -> None:
-        """See to it that log-probs are those of the logits that the model itself gives.
+        """See to it that log-probs in train mode are those of the logits that the model gives in eval mode.
 
         Raises:
-            UserError: if it makes logits of hidden states in a way that is not known here, or if they are NaN.
+            UserError: if it makes logits of hidden states in a way that is not known here, or differently while it
+                trains, or if they are NaN.
         """
         name = type(self.lm).__name__
         tokens = (torch.arange(4) % self.lm.get_input_embeddings().num_embeddings)[None]
@@ -72,7 +73,9 @@ class Policy(nn.Module):
         if hidden is None:
             raise UserError(f"model.model: {name} has no decoder that gives hidden states. Choose another model.")
         ours, _ = completion_logps(hidden, tokens, mask, head, self.divisor, self.softcap)
+        self.lm.eval()
         theirs = self.lm(tokens[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+        self.lm.train()
         if theirs.isnan().any():
             raise UserError(f"model.model: the log-probs of {name} are NaN. Its weights are broken; save them again.")
         difference = (ours - theirs[..., 0]).abs().max().item()
@@ -168,8 +171,23 @@ ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers, by their name in ``transformers``, that look at rows by their positions and keep no state."""
 
 
-RANDOM = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "jitter_noise")
+RANDOM = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop", "jitter_noise", "jitter_eps")
 """How names of settings end that have a model draw random numbers while it trains."""
+
+
+def switch_off_noise(config: Any) -> None:
+    """Set what has a model draw random numbers while it trains to 0, in its parts too.
+
+    Raises:
+        UserError: if it draws others whatever its settings are.
+    """
+    if config.model_type == "phimoe":
+        raise UserError("model.model: PhiMoE draws experts at random while it trains. Choose another model.")
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            switch_off_noise(value)
+        if name.endswith(RANDOM) and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def logits_softcap(config: Any) -> float | None:
@@ -206,10 +224,7 @@ def load_policy(
         UserError: if the model cannot be loaded.
     """
     config = load_config(model)
-    for part in (config, config.get_text_config()):
-        for name in vars(part):
-            if name.endswith(RANDOM) and isinstance(getattr(part, name), float):
-                setattr(part, name, 0.0)
+    switch_off_noise(config)
     try:
         if not shares_out(strategy):
             policy = prepared(load_lm(model, config), gradient_checkpointing, lora)
@@ -299,7 +314,9 @@ def load_tokenizer(model: str) -> Any:
 
 def stop_token_ids(model: str, tokenizer: Any) -> list[int]:
     """All ids that end a completion: the tokenizer's, the config's and the generation config's (Qwen has two)."""
-    ids = [tokenizer.eos_token_id, load_config(model).get_text_config().eos_token_id]
+    config = load_config(model)
+    parts = (config, config.get_text_config())
+    ids = [tokenizer.eos_token_id, *(getattr(part, "eos_token_id", None) for part in parts)]
     with contextlib.suppress(OSError):  # a model folder need not have a generation config
         ids.append(GenerationConfig.from_pretrained(model).eos_token_id)
     flat = [i for entry in ids for i in (entry if isinstance(entry, list) else [entry])]

@@ -153,6 +153,28 @@ def test_a_full_disk_of_the_first_process_ends_others_which_do_not_wait_for_it(
     assert checkpoints(tmp_path) == []
 
 
+LATER = """
+from lit_grpo.errors import UserError, mistakes_end_with_a_message
+with mistakes_end_with_a_message("it"):
+    raise UserError("a mistake")
+"""
+FIRST = """
+import os, subprocess, sys
+of_later = os.environ | {"LOCAL_RANK": "1"}
+later = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=of_later, stderr=subprocess.PIPE)
+later.stderr.readline()  # it has spoken
+try:
+    print("ends with", later.wait(2))
+except subprocess.TimeoutExpired:
+    print("waits")
+"""
+
+
+def test_the_first_process_ends_before_others_so_that_it_is_not_killed_in_its_message():
+    """Lightning has another one's end kill it."""
+    assert run(["-c", FIRST, LATER]) == (0, "waits\n")
+
+
 def never_returns(samples: list[Sample]) -> list[float]:
     if rank() == 1 and len(samples) > 2:
         time.sleep(1000)

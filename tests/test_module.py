@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma4Config,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,6 +25,8 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     MptConfig,
+    OPTConfig,
+    PhimoeConfig,
     Qwen2ForCausalLM,
     RecurrentGemmaConfig,
     xLSTMConfig,
@@ -103,6 +106,16 @@ class TestLogps:
         assert policy.softcap == 0.1
         policy.check_against_logits()
 
+    def test_a_model_with_a_text_config_is_sampled_and_trained(self, model: str, few_prompts: str, tmp_path: Path):
+        config = Gemma3Config(text_config=SIZES, eos_token_id=[1, 5])
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        load_tokenizer(model).save_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "generation_config.json").unlink()
+        module = PolicyModule(str(tmp_path / "model"))
+        assert module.stop_token_ids == [1, 5]
+        fit(module, few_prompts, tmp_path)
+        assert module.trainer.callback_metrics["train/sampler_mismatch"] < 1e-5
+
     def test_xlstm_has_a_name_of_its_own_for_its_cap(self):
         assert logits_softcap(xLSTMConfig(output_logit_soft_cap=12.0)) == 12.0
 
@@ -125,11 +138,32 @@ class TestLogps:
         Policy(AutoModelForCausalLM.from_config(config)).check_against_logits()
 
     def test_nothing_random_happens_while_a_policy_trains(self, tmp_path: Path):
-        config = MixtralConfig(**SIZES, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.5)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-        policy = load_policy(str(tmp_path))
-        assert policy.training
-        torch.testing.assert_close(policy(*batch())[0], policy(*batch())[0], rtol=0, atol=0)
+        layers = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        for config in (
+            MixtralConfig(**SIZES, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.5),
+            OPTConfig(**layers, vocab_size=16, word_embed_proj_dim=32, layerdrop=0.9),
+        ):
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+            policy = load_policy(str(tmp_path))
+            assert policy.training
+            torch.testing.assert_close(policy(*batch())[0], policy(*batch())[0], rtol=0, atol=0)
+
+    def test_a_model_that_cannot_but_draw_random_numbers_is_refused(self, tmp_path: Path):
+        PhimoeConfig(**SIZES).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="PhiMoE draws experts at random while it trains"):
+            load_policy(str(tmp_path))
+
+    def test_a_model_that_is_another_while_it_trains_is_refused(self, model: str, monkeypatch: pytest.MonkeyPatch):
+        forward = Qwen2ForCausalLM.forward
+
+        def other(lm: Qwen2ForCausalLM, *args: Any, **options: Any) -> Any:
+            found = forward(lm, *args, **options)
+            found.logits = found.logits * (1.0 if lm.training else 1.5)
+            return found
+
+        monkeypatch.setattr(Qwen2ForCausalLM, "forward", other)
+        with pytest.raises(UserError, match=r"log-probs of Qwen2ForCausalLM differ"):
+            load_policy(model)
 
     def test_padding_changes_nothing(self, model: str):
         policy = load_policy(model).double()
