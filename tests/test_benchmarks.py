@@ -26,15 +26,34 @@ def work(**settings: Any) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_every_technique_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import techniques
-    from vs_trl import make_task
+    from vs_trl import VOCABULARY, make_task
 
     monkeypatch.setattr(techniques, "WORK", work())
+    monkeypatch.setattr("lit_grpo.engines.hf_engine.TOKENS_AT_ONCE", 32)
     make_task(tmp_path, techniques.WORK)
-    for settings, patch in techniques.WAYS.values():
+
+    def counts(settings: dict[str, Any]) -> tuple[int, int, int]:
+        """Embeddings taken, in how many calls, and logits that the head's own forward gave."""
+        embedded, calls, logits = 0, 0, 0
+
+        def look(part: Any, inputs: Any, output: torch.Tensor) -> None:
+            nonlocal embedded, calls, logits
+            if isinstance(part, torch.nn.Embedding):
+                embedded, calls = embedded + inputs[0].numel(), calls + 1
+            elif isinstance(part, torch.nn.Linear) and output.shape[-1] == VOCABULARY and output.requires_grad:
+                logits += output.numel()
+
+        handle = torch.nn.modules.module.register_module_forward_hook(look)
+        assert techniques.seconds(tmp_path, settings) > 0
+        handle.remove()
+        return embedded, calls, logits
+
+    whole = counts({})
+    assert counts({}) == whole
+    for way, (settings, patch) in techniques.WAYS.items():
         with patch():
-            assert techniques.seconds(tmp_path, settings()) > 0
-    for judge in (techniques.judge, techniques.judge_afterwards):
-        assert techniques.seconds(tmp_path, {"reward": judge}) > 0
+            assert counts(settings()) != whole, way
+    assert counts({"reward": techniques.judge}) == counts({"reward": techniques.judge_afterwards})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -52,7 +71,7 @@ def test_trl_and_we_do_the_same_work(tmp_path: Path, sharing: bool):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ways_to_take_log_probs_give_one_gradient(monkeypatch: pytest.MonkeyPatch):
+def test_ways_to_take_log_probs_give_gradients_of_one_norm(monkeypatch: pytest.MonkeyPatch):
     import memory
 
     monkeypatch.setattr(memory, "VOCABULARY", 512)

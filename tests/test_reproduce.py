@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from lit_grpo import quickstart
 from lit_grpo.__main__ import main
 from lit_grpo.losses import TwoGRPO
+from lit_grpo.reports import table
 from lit_grpo.reports.compare import check_scores, entry_of, parsed
 from lit_grpo.reports.intervals import Interval
 from lit_grpo.reports.results import Run, read_run
 from lit_grpo.reports.running import Job
 from lit_grpo.reproduce import __main__ as reproduce
-from lit_grpo.reproduce.answers import QUESTIONS, adaptive, longer, of_signal, reaches
+from lit_grpo.reproduce.answers import QUESTIONS, adaptive, longer, of_signal, reaches, verdict
 from lit_grpo.reproduce.numbers import Numbers
 from lit_grpo.reproduce.runs import FIXED_RUNS, RUNS, TwoGRPOAllRows, command
 from lit_grpo.reproduce.signal import SignalToNoise
@@ -275,6 +276,10 @@ def test_a_sentence_says_what_its_interval_includes():
     just = Interval(-0.05, -0.1, -0.0004)
     assert n.differs("a", "b", just) == "a is 5.0 points below b [-10.0, 0.0]: the interval includes no difference"
     assert n.differs("single", "a", n.less("single", "a")).endswith("of one seed, which says nothing of chance")
+    assert verdict(Interval(0.9, 0.85, 0.97580), "score").endswith(
+        "90.0 % [85.0, 97.6] of 16-GRPO's, below the 97.6 % of the paper, which the interval includes"
+    )
+    assert table.shown(Interval(-0.0001, -0.0002, 0.0003)) == "0.000 [0.000, 0.000]"
 
 
 def test_at_equal_rollouts_curves_are_read_where_the_shorter_ends():

@@ -152,12 +152,10 @@ def shown(value: Spread | Interval | None, digits: int = 3, unit: float = 1.0) -
     if isinstance(value, Spread):
         half = "" if value.half_width is None else f" ± {value.half_width * unit:,.{digits}f}"
         return f"{value.mean * unit:,.{digits}f}{half}"
-    ends = (
-        ""
-        if value.low is None or value.high is None
-        else f" [{value.low * unit:.{digits}f}, {value.high * unit:.{digits}f}]"
-    )
-    return f"{value.value * unit:.{digits}f}{ends}"
+    low, high = value.low, value.high
+    numbers = [value.value] if low is None or high is None else [value.value, low, high]
+    found = [f"{round(number * unit, digits) + 0.0:.{digits}f}" for number in numbers]  # no -0.0
+    return found[0] + (f" [{', '.join(found[1:])}]" if found[1:] else "")
 
 
 def counted(value: Spread | None) -> str:

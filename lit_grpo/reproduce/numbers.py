@@ -110,8 +110,7 @@ class Numbers:
         text = f"{ours} is level with {theirs}" if points == "0.0" else f"{ours} is {points} points {place} {theirs}"
         if found.low is None or found.high is None:
             return f"{text}, of one seed, which says nothing of chance"
-        low, high = (round(100 * end, 1) for end in (found.low, found.high))  # as they are shown
-        included = "includes" if low <= 0 <= high else "excludes"
+        included = "includes" if shown(found.low) <= 0 <= shown(found.high) else "excludes"
         return f"{text}{ends(found, 100)}: the interval {included} no difference"
 
     def scores(self, *names: str) -> str:
@@ -145,5 +144,9 @@ def ends(found: Interval, unit: float = 1.0) -> str:
     """The interval in brackets, nothing for a single seed."""
     if found.low is None or found.high is None:
         return ""
-    low, high = (round(end * unit, 1) + 0.0 for end in (found.low, found.high))  # no -0.0
-    return f" [{low:.1f}, {high:.1f}]"
+    return f" [{shown(found.low, unit):.1f}, {shown(found.high, unit):.1f}]"
+
+
+def shown(end: float, unit: float = 100.0) -> float:
+    """An end of an interval as it is printed, by which it is judged too: with one digit, and without -0.0."""
+    return round(end * unit, 1) + 0.0
