@@ -145,6 +145,11 @@ def make_rows(configs: dict[str, list[Run]], first: str, scores: tuple[str, str]
     return rows
 
 
+def rounded(number: float, digits: int) -> float:
+    """As a number is printed, by which it is judged too; without -0.0."""
+    return round(number, digits) + 0.0
+
+
 def shown(value: Spread | Interval | None, digits: int = 3, unit: float = 1.0) -> str:
     """A number with its interval, as people read it."""
     if value is None:
@@ -154,7 +159,7 @@ def shown(value: Spread | Interval | None, digits: int = 3, unit: float = 1.0) -
         return f"{value.mean * unit:,.{digits}f}{half}"
     low, high = value.low, value.high
     numbers = [value.value] if low is None or high is None else [value.value, low, high]
-    found = [f"{round(number * unit, digits) + 0.0:.{digits}f}" for number in numbers]  # no -0.0
+    found = [f"{rounded(number * unit, digits):.{digits}f}" for number in numbers]
     return found[0] + (f" [{', '.join(found[1:])}]" if found[1:] else "")
 
 

@@ -11,8 +11,8 @@ from lit_grpo.reports.figures import draw
 from lit_grpo.reports.intervals import Interval
 from lit_grpo.reports.page import Answer, write_page
 from lit_grpo.reports.results import Run, scores_of
-from lit_grpo.reports.table import label, make_rows, markdown, paired, write_tables
-from lit_grpo.reproduce.numbers import LAST, Numbers, of_the, percent, rollouts, rows_trained, seconds, shown
+from lit_grpo.reports.table import label, make_rows, markdown, paired, rounded, write_tables
+from lit_grpo.reproduce.numbers import LAST, Numbers, of_the, percent, rollouts, rows_trained, seconds
 from lit_grpo.reproduce.signal import SignalToNoise
 
 PAPER = {"score": 0.976, "rollouts": 0.125, "seconds": 0.21}
@@ -67,8 +67,8 @@ def verdict(found: Interval | None, what: str) -> str:
     bound = PAPER[what]
     worse = "below" if what == "score" else "above"
     side = f"not {worse}" if reached(found, what) else worse
-    low, high = (None if end is None else shown(end) for end in (found.low, found.high))
-    chance = low is not None and high is not None and low != high and low <= shown(bound) <= high
+    low, high = (None if end is None else rounded(100 * end, 1) for end in (found.low, found.high))
+    chance = low is not None and high is not None and low != high and low <= 100 * bound <= high
     both = ", which the interval includes" if chance else ""
     return f"{percent(found)} of 16-GRPO's, {side} the {100 * bound:g} % of the paper{both}"
 
@@ -281,7 +281,7 @@ def of_signal(signal: SignalToNoise, picture: Path) -> Answer:
         if r.measured is None or r.predicted is None or r.measured.low is None or r.measured.high is None:
             sentences.append(f"{head}: too little was measured to say.")
             continue
-        low, high, predicted = (round(x, 2) for x in (r.measured.low, r.measured.high, r.predicted.value))
+        low, high, predicted = (rounded(x, 2) for x in (r.measured.low, r.measured.high, r.predicted.value))
         where = "is within" if low <= predicted <= high else "lies below" if predicted < low else "lies above"
         against = "includes no difference" if low <= 1 <= high else "excludes no difference"
         sentences.append(

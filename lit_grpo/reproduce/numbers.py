@@ -11,7 +11,7 @@ import numpy as np
 
 from lit_grpo.reports.intervals import Interval, over_seeds
 from lit_grpo.reports.results import Run
-from lit_grpo.reports.table import label, paired
+from lit_grpo.reports.table import label, paired, rounded
 
 LAST = 3
 """Validations at the end of a run whose mean is its score: at a constant rate one alone is uncertain."""
@@ -110,7 +110,7 @@ class Numbers:
         text = f"{ours} is level with {theirs}" if points == "0.0" else f"{ours} is {points} points {place} {theirs}"
         if found.low is None or found.high is None:
             return f"{text}, of one seed, which says nothing of chance"
-        included = "includes" if shown(found.low) <= 0 <= shown(found.high) else "excludes"
+        included = "includes" if rounded(100 * found.low, 1) <= 0 <= rounded(100 * found.high, 1) else "excludes"
         return f"{text}{ends(found, 100)}: the interval {included} no difference"
 
     def scores(self, *names: str) -> str:
@@ -144,9 +144,4 @@ def ends(found: Interval, unit: float = 1.0) -> str:
     """The interval in brackets, nothing for a single seed."""
     if found.low is None or found.high is None:
         return ""
-    return f" [{shown(found.low, unit):.1f}, {shown(found.high, unit):.1f}]"
-
-
-def shown(end: float, unit: float = 100.0) -> float:
-    """An end of an interval as it is printed, by which it is judged too: with one digit, and without -0.0."""
-    return round(end * unit, 1) + 0.0
+    return f" [{rounded(found.low * unit, 1):.1f}, {rounded(found.high * unit, 1):.1f}]"
